@@ -1,0 +1,290 @@
+"""Soft actor-critic that learns from a mix of prior and online data (sections 4.4 to 4.6 of the paper).
+
+Replay buffer, squashed-Gaussian actor, ensemble of LayerNorm critics (one batched network), the update of the RLPD
+family (Ball et al., 2023) with the penalised target of eq. 7, and the adaptive share of prior data.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ReplayBuffer:
+    """Ring buffer of transitions, as preallocated tensors on one device.
+
+    Args:
+        capacity: number of transitions; beyond it the oldest are overwritten.
+        shapes: shape of one entry under each key, for example obs=(17,), reward=().
+    """
+
+    def __init__(self, capacity, device="cpu", **shapes):
+        self.capacity, self.size, self.position = capacity, 0, 0
+        self.data = {key: torch.zeros((capacity, *shape), device=device) for key, shape in shapes.items()}
+
+    def add(self, **entries):
+        """Appends one transition (entries of the keys' shapes) or n (with a leading dimension n <= capacity)."""
+        first = next(iter(self.data))
+        single = torch.as_tensor(entries[first]).dim() == self.data[first].dim() - 1
+        n = 1 if single else len(entries[first])
+        if n > self.capacity:
+            raise ValueError(f"{n} transitions do not fit a buffer of {self.capacity}")
+        if self.position + n <= self.capacity:
+            where = slice(self.position, self.position + n)
+        else:
+            where = torch.arange(self.position, self.position + n) % self.capacity
+        for key, values in self.data.items():
+            values[where] = torch.as_tensor(entries[key], dtype=values.dtype, device=values.device)
+        self.position = (self.position + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, *shape):
+        """Independent uniform draws from the filled rows: each key as (*shape, ...)."""
+        some = next(iter(self.data.values()))
+        rows = torch.randint(self.size, shape, device=some.device)
+        return {key: values[rows] for key, values in self.data.items()}
+
+    def filled(self):
+        """The filled rows, as views: each key (size, ...)."""
+        return {key: values[: self.size] for key, values in self.data.items()}
+
+    def state_dict(self):
+        rows = {key: values.clone() for key, values in self.filled().items()}  # not the empty rest of the storage
+        return {"position": self.position, "rows": rows}
+
+    def load_state_dict(self, state):
+        self.size = len(next(iter(state["rows"].values())))
+        self.position = state["position"]
+        for key, values in state["rows"].items():
+            self.data[key][: self.size] = values
+
+
+def mixed_batch(prior, online, alpha, batch_size, slices):
+    """Batches from D_mix = alpha D_S + (1 - alpha) D_T (section 4.4), the share held in every slice.
+
+    Args:
+        prior, online: ReplayBuffer D_S (None: no prior data) and D_T (it may still be empty).
+        alpha: share of D_S; batch_size: of one critic update; slices: number of critic updates (UTD).
+
+    Returns ({key: (slices, batch_size, ...)}, n_prior): the first n_prior rows of every slice are from D_S.
+    """
+    if prior is None:
+        return online.sample(slices, batch_size), 0
+    n_prior = batch_size if online.size == 0 else round(alpha * batch_size)
+    if n_prior == 0:
+        return online.sample(slices, batch_size), 0
+    batch = prior.sample(slices, n_prior)
+    if n_prior < batch_size:
+        recent = online.sample(slices, batch_size - n_prior)
+        batch = {key: torch.cat([batch[key], recent[key]], 1) for key in recent}
+    return batch, n_prior
+
+
+class AdaptiveMix:
+    """Share of D_S in a batch, from the TD error on target data (section 4.6).
+
+    delta_bar <- (1 - ema) delta_bar + ema delta,  alpha = clip(gain * delta_bar, alpha_min, alpha_max),
+    where delta is the mean absolute TD error.
+
+    Deviation: the paper's formula averages the signed error and smooths over one step only; its prose says absolute.
+
+    Args: fixed: a constant share instead (the paper's ablation), or None.
+    """
+
+    def __init__(self, gain, alpha_min, alpha_max, ema, fixed=None):
+        self.gain, self.alpha_min, self.alpha_max, self.ema, self.fixed = gain, alpha_min, alpha_max, ema, fixed
+        self.td_error = None  # delta_bar; before the first measurement the prior is trusted most
+
+    def update(self, td_error):
+        if math.isfinite(td_error):  # a batch without target data has no TD error on it
+            self.td_error = td_error if self.td_error is None else (1 - self.ema) * self.td_error + self.ema * td_error
+        return self.alpha
+
+    @property
+    def alpha(self):
+        if self.fixed is not None:
+            return self.fixed
+        if self.td_error is None:
+            return self.alpha_max
+        return min(max(self.gain * self.td_error, self.alpha_min), self.alpha_max)
+
+
+class Actor(nn.Module):
+    """Squashed-Gaussian policy a = tanh(u), u ~ N(mean(s), std(s)) (SAC, Haarnoja et al., 2018)."""
+
+    LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+
+    def __init__(self, obs_dim, action_dim, hidden=(256, 256)):
+        super().__init__()
+        sizes = [obs_dim, *hidden]
+        layers = [part for i, o in zip(sizes, sizes[1:]) for part in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
+
+    def forward(self, obs):
+        """obs (..., obs_dim) -> mean and log std of u, each (..., action_dim)."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, log_std.clamp(self.LOG_STD_MIN, self.LOG_STD_MAX)
+
+    def sample(self, obs):
+        """obs (..., obs_dim) -> action (..., action_dim), reparameterised, and its log-density (...)."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        # log N(u) - log |d tanh / du|, the latter in its numerically stable form
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+        return torch.tanh(u), log_prob.sum(-1)
+
+
+class CriticEnsemble(nn.Module):
+    """N critics Q_i(s, a) = w_i . psi_i(s, a), psi = ReLU(LayerNorm(.)), as one batched network (section 4.5).
+
+    LayerNorm's gain and bias are each critic's own. By eq. 8, |Q_i - b_i| <= |w_i| |psi_i|, and LayerNorm bounds
+    |psi_i| for any input.
+
+    Args: layer_norm: False takes it out (the bound then fails).
+    """
+
+    def __init__(self, n_critics, obs_dim, action_dim, hidden=(256, 256), layer_norm=True):
+        super().__init__()
+        self.layer_norm = layer_norm
+        sizes = [obs_dim + action_dim, *hidden, 1]
+        bounds = [1 / math.sqrt(i) for i in sizes[:-1]]  # nn.Linear's initialisation
+        uniform = lambda bound, *shape: nn.Parameter(torch.empty(n_critics, *shape).uniform_(-bound, bound))
+        self.weights = nn.ParameterList([uniform(b, i, o) for b, i, o in zip(bounds, sizes, sizes[1:])])
+        self.biases = nn.ParameterList([uniform(b, 1, o) for b, o in zip(bounds, sizes[1:])])
+        self.gains = nn.ParameterList([nn.Parameter(torch.ones(n_critics, 1, o)) for o in hidden if layer_norm])
+        self.shifts = nn.ParameterList([nn.Parameter(torch.zeros(n_critics, 1, o)) for o in hidden if layer_norm])
+
+    def features(self, obs, action):
+        """psi: obs (B, obs_dim), action (B, action_dim) -> (N, B, hidden[-1])."""
+        x = torch.cat([obs, action], -1).expand(len(self.weights[0]), -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1])):
+            x = torch.baddbmm(bias, x, weight)
+            if self.layer_norm:
+                x = torch.addcmul(self.shifts[i], F.layer_norm(x, x.shape[-1:]), self.gains[i])
+            x = F.relu(x)
+        return x
+
+    def forward(self, obs, action):
+        """obs (B, obs_dim), action (B, action_dim) -> values (N, B)."""
+        return torch.baddbmm(self.biases[-1], self.features(obs, action), self.weights[-1]).squeeze(-1)
+
+
+class SAC:
+    """Soft actor-critic with N LayerNorm critics and many critic updates a step (RLPD), on penalised targets (eq. 7).
+
+    y = r - lambda u + gamma (1 - terminated) (min_i Q_i(s', a') - temperature * log pi(a'|s')),  a' ~ pi(.|s')
+
+    with target networks and the minimum over `min_critics` of the N critics, drawn anew for every update (all N: eqs.
+    7 and 9). u is 0 on target data, so the penalty acts on D_S alone.
+
+    Deviation: SAC's entropy term in y (`backup_entropy`) and in the actor's loss, which the paper leaves out.
+
+    Args:
+        n_critics, min_critics: N and the size M of the subset under the minimum.
+        actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises.
+        penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
+        discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
+        target_entropy: nats; None stands for -action_dim / 2 (RLPD).
+    """
+
+    def __init__(self, obs_dim, action_dim, *, n_critics=2, min_critics=2, hidden=(256, 256), layer_norm=True, lr=3e-4,
+                 discount=0.99, polyak=0.005, init_temperature=0.1, target_entropy=None, backup_entropy=True,
+                 actor_q="mean", penalty_coef=1.0, device="cpu"):
+        self.n_critics, self.min_critics, self.actor_q = n_critics, min_critics, actor_q
+        self.discount, self.polyak, self.penalty_coef = discount, polyak, penalty_coef
+        self.backup_entropy, self.device = backup_entropy, torch.device(device)
+        self.target_entropy = -action_dim / 2 if target_entropy is None else target_entropy
+        self.actor = Actor(obs_dim, action_dim, hidden).to(device)
+        self.critic = CriticEnsemble(n_critics, obs_dim, action_dim, hidden, layer_norm).to(device)
+        self.target_critic = CriticEnsemble(n_critics, obs_dim, action_dim, hidden, layer_norm).to(device)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.target_critic.requires_grad_(False)
+        self.log_temperature = torch.tensor(math.log(init_temperature), device=device, requires_grad=True)
+        adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
+        self.actor_optimizer = adam(self.actor.parameters())
+        self.critic_optimizer = adam(self.critic.parameters())
+        self.temperature_optimizer = adam([self.log_temperature])
+
+    @torch.no_grad()
+    def act(self, obs, deterministic=False):
+        """obs (..., obs_dim), tensor or array -> action (..., action_dim) in [-1, 1], a tensor."""
+        obs = torch.as_tensor(obs, device=self.device)
+        return torch.tanh(self.actor(obs)[0]) if deterministic else self.actor.sample(obs)[0]
+
+    @torch.no_grad()
+    def value(self, obs):
+        """V(s) = mean_i Q_i(s, a) at the policy's mode: obs (B, obs_dim) -> (B,); the planner's terminal value."""
+        return self.target_critic(obs, self.act(obs, deterministic=True)).mean(0)
+
+    @torch.no_grad()
+    def target(self, reward, terminated, next_obs, uncertainty):
+        """The robust Bellman target y of eqs. 7 and 9: all (B,) but next_obs (B, obs_dim) -> (B,)."""
+        next_action, log_prob = self.actor.sample(next_obs)
+        values = self.target_critic(next_obs, next_action)
+        if self.min_critics < self.n_critics:
+            values = values[torch.randperm(self.n_critics, device=values.device)[: self.min_critics]]
+        value = values.amin(0)
+        if self.backup_entropy:
+            value = value - self.log_temperature.exp() * log_prob
+        return reward - self.penalty_coef * uncertainty + self.discount * (1 - terminated) * value
+
+    def update(self, batch, n_prior=0):
+        """One critic update on each slice, then one of the actor and the temperature on the last slice.
+
+        Args: batch: {key: (slices, B, ...)} with obs, action, reward, next_obs, terminated, uncertainty; of every
+            slice's rows the first n_prior are from D_S.
+
+        Returns a dict of scalar tensors; td_error is the mean of |mean_i Q_i - y| over the target rows, before the
+        updates (NaN where there are none).
+        """
+        slices = len(batch["obs"])
+        td_error = 0.0
+        for k in range(slices):
+            part = {key: values[k] for key, values in batch.items()}
+            y = self.target(part["reward"], part["terminated"], part["next_obs"], part["uncertainty"])
+            q = self.critic(part["obs"], part["action"])
+            # mean over the batch, sum over critics: a critic's step does not depend on how many there are
+            critic_loss = (q - y).square().mean(1).sum()
+            self.critic_optimizer.zero_grad()
+            critic_loss.backward()
+            self.critic_optimizer.step()
+            with torch.no_grad():
+                td_error = td_error + (q.mean(0) - y)[n_prior:].abs().mean() / slices
+                torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.polyak)
+        info = {"critic_loss": critic_loss.detach() / self.n_critics, "td_error": td_error, "q_mean": q.detach().mean()}
+        info.update(self.update_actor(part["obs"]))
+        return info
+
+    def update_actor(self, obs):
+        """One step on E[temperature * log pi(a|s) - Q(s, a)], then one of the temperature: obs (B, obs_dim)."""
+        self.critic.requires_grad_(False)  # gradients with respect to actions only
+        action, log_prob = self.actor.sample(obs)
+        q = self.critic(obs, action)
+        q = q.amin(0) if self.actor_q == "min" else q.mean(0)
+        temperature = self.log_temperature.exp().detach()
+        actor_loss = (temperature * log_prob - q).mean()
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward()
+        self.actor_optimizer.step()
+        self.critic.requires_grad_(True)
+        entropy = -log_prob.detach().mean()
+        temperature_loss = self.log_temperature.exp() * (entropy - self.target_entropy)
+        self.temperature_optimizer.zero_grad()
+        temperature_loss.backward()
+        self.temperature_optimizer.step()
+        return {"actor_loss": actor_loss.detach(), "entropy": entropy, "temperature": temperature}
+
+    PARTS = ("actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer", "temperature_optimizer")
+
+    def state_dict(self):
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {**parts, "log_temperature": self.log_temperature.detach()}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        with torch.no_grad():
+            self.log_temperature.copy_(state["log_temperature"])

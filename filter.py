@@ -1,0 +1,73 @@
+"""The dual-criterion filter of imagined trajectories (section 4.3, eq. 6) and the transitions that pass it."""
+
+import torch
+
+MODES = ("dual", "return", "uncertainty", "none")
+
+
+def score_trajectories(reward, uncertainty, valid, terminated, discount):
+    """J(tau) = sum_t gamma^t r_S and the mean uncertainty u_bar(tau) of eq. 6, over each trajectory's valid steps.
+
+    Args: reward, uncertainty, valid, terminated: (N, T). discount: gamma.
+
+    Returns J (N,), u_bar (N,); a trajectory without a valid step has J = -inf and u_bar = inf.
+
+    Deviation: a trajectory that was cut short without having terminated is scored as if its mean discounted reward
+    had gone on for all T steps: a short one would else pass for its brevity where rewards are negative.
+    """
+    valid = valid.to(reward.dtype)
+    steps = valid.sum(1)
+    weight = discount ** torch.arange(reward.shape[1], device=reward.device, dtype=reward.dtype)
+    total = torch.where(valid > 0, reward * weight, 0.0).sum(1)
+    share = (valid * weight).sum(1) / weight.sum()
+    goes_on = ~(terminated & (valid > 0)).any(1)
+    returns = torch.where(goes_on, total / share.clamp(min=1e-8), total)
+    mean_u = torch.where(valid > 0, uncertainty, 0.0).sum(1) / steps.clamp(min=1)
+    empty = steps == 0
+    return returns.masked_fill(empty, -torch.inf), mean_u.masked_fill(empty, torch.inf)
+
+
+def thresholds(returns, mean_u, return_percentile, u_percentile):
+    """J_th and u_th such that about `return_percentile` % of the trajectories have a lower return and `u_percentile` %
+    a lower mean uncertainty (both from 0 to 100); those without a valid step do not count."""
+    some = returns.isfinite() & mean_u.isfinite()
+    if not some.any():
+        raise ValueError("no imagined trajectory has a single valid step: raise --trust-percentile, or fit a better "
+                         "model (more --source-steps)")
+    quantile = lambda x, percentile: torch.quantile(x[some], percentile / 100).item()
+    return quantile(returns, return_percentile), quantile(mean_u, u_percentile)
+
+
+def accept(returns, mean_u, return_threshold, u_threshold, mode="dual"):
+    """Eq. 6: which trajectories have u_bar <= u_th and J >= J_th, (N,) bool; a mode other than "dual" drops one
+    criterion or both (the paper's ablation).
+
+    Raises ValueError, which names the thresholds and what was seen, when nothing passes.
+    """
+    some = returns.isfinite() & mean_u.isfinite()
+    passed = some.clone()
+    if mode in ("dual", "return"):
+        passed &= returns >= return_threshold
+    if mode in ("dual", "uncertainty"):
+        passed &= mean_u <= u_threshold
+    if not passed.any():
+        seen = "no trajectory has a valid step" if not some.any() else (
+            f"seen J {returns[some].min():.4g} to {returns[some].max():.4g}, "
+            f"u {mean_u[some].min():.4g} to {mean_u[some].max():.4g}")
+        raise ValueError(f"no imagined trajectory passes the filter '{mode}' with J >= {return_threshold:.4g} "
+                         f"(--return-threshold) and u <= {u_threshold:.4g} (--u-threshold): {seen}")
+    return passed
+
+
+def to_transitions(trajectories, passed, reward):
+    """The valid steps of the accepted trajectories, relabelled: {key: (n, ...)}.
+
+    Args: trajectories: as `mpc.imagine` returns. passed: (N,) bool. reward: r_T, called as reward(obs, action,
+        next_obs, features). `timeout` marks the last step of a trajectory that did not terminate.
+    """
+    valid = trajectories["valid"] & passed[:, None]
+    later = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
+    flat = {key: values[valid] for key, values in trajectories.items() if key != "valid"}
+    flat["timeout"] = (valid & ~later & ~trajectories["terminated"])[valid]
+    flat["reward"] = reward(flat["obs"], flat["action"], flat["next_obs"], flat["features"])
+    return flat

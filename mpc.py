@@ -1,0 +1,171 @@
+"""Uncertainty-penalised model-predictive control (eqs. 1 to 5) and trajectories imagined with it.
+
+The cross-entropy method (CEM) searches action sequences for a whole batch of states at once. Given a policy and a
+value function, part of the candidates follow the policy in the model and the value stands in for what comes after the
+horizon (guided MPC; POPLIN, LOOP and TD-MPC do likewise).
+
+The model, the rewards and the policy are plain callables, so that any of them can be a known one:
+    model(obs (B, d), action (B, A)) -> next_obs (B, d), features (B, f), u (B,)
+    reward(obs, action, next_obs, features) -> (B,)        terminated(next_obs) -> (B,) bool
+    policy(obs (B, d)) -> action (B, A)                    value(obs (B, d)) -> (B,)
+"""
+
+import torch
+
+
+def coloured_noise(shape, beta, device="cpu"):
+    """Gaussian noise (..., horizon, A) of unit variance whose power spectrum along the horizon falls as
+    frequency^-beta (0 is white; iCEM, Pinneri et al., 2020)."""
+    *batch, horizon, dim = shape
+    if beta == 0 or horizon == 1:
+        return torch.randn(shape, device=device)
+    scale = torch.fft.rfftfreq(horizon, device=device)
+    scale[0] = scale[1]  # the lowest frequency is the horizon's own
+    scale = scale ** (-beta / 2)
+    parts = torch.randn(*batch, dim, len(scale), 2, device=device)
+    parts[..., 0, 1] = 0.0  # the mean is real, and so is the highest frequency of an even length
+    if horizon % 2 == 0:
+        parts[..., -1, 1] = 0.0
+    power = 2 * (2 * scale[1:].square()).sum() + scale[0].square()
+    if horizon % 2 == 0:
+        power = power - 3 * scale[-1].square()
+    noise = torch.fft.irfft(torch.view_as_complex(parts) * scale, n=horizon) * horizon / power.sqrt()
+    return noise.transpose(-1, -2)
+
+
+class MPC:
+    """CEM over action sequences in [-1, 1], maximising the penalised return of eqs. 3 and 4,
+
+        sum_k gamma^k (r(s_k, a_k) - lambda u(s_k, a_k))  [+ gamma^H V(s_H)],
+
+    in which nothing is earned after a predicted termination.
+
+    Args:
+        horizon: H steps. population: candidates drawn in an iteration. elites: how many refit the distribution.
+        iterations: of CEM. momentum: share of the old mean and std that stays. init_std: of the first iteration.
+        noise_beta: colour of the candidates' noise (see `coloured_noise`).
+        keep_elites: share of the elites that stay candidates in the next iteration.
+        discount: gamma. penalty_coef: lambda, in reward per unit of u.
+        execute: "mean" of the elites, or the "best" candidate. execute_steps: actions executed before replanning.
+        policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
+            horizon. None of them: plain CEM.
+    """
+
+    def __init__(self, model, reward, terminated, action_dim, *, horizon=5, population=64, elites=8, iterations=2,
+                 momentum=0.1, init_std=0.5, noise_beta=0.0, keep_elites=0.3, discount=0.99, penalty_coef=1.0,
+                 execute="mean", execute_steps=1, policy=None, policy_samples=16, value=None):
+        self.model, self.reward, self.terminated, self.action_dim = model, reward, terminated, action_dim
+        self.horizon, self.population, self.elites, self.iterations = horizon, population, elites, iterations
+        self.momentum, self.init_std, self.noise_beta = momentum, init_std, noise_beta
+        self.n_keep = int(keep_elites * elites)
+        self.discount, self.penalty_coef = discount, penalty_coef
+        self.execute, self.execute_steps = execute, execute_steps
+        self.policy, self.policy_samples, self.value = policy, policy_samples if policy else 0, value
+        self.reset()
+
+    def reset(self):
+        """Forgets the last plan: to be called when episodes start."""
+        self._plan, self._age = None, 0
+
+    @torch.no_grad()
+    def rollout(self, obs, actions=None):
+        """Returns of action sequences, or of the policy where actions is None.
+
+        obs (B, d), actions (B, H, A) -> actions (B, H, A), penalised return (B,); -inf where it is not finite.
+        """
+        total = torch.zeros(len(obs), device=obs.device)
+        alive, taken = torch.ones_like(total), []
+        for k in range(self.horizon):
+            action = self.policy(obs) if actions is None else actions[:, k]
+            next_obs, features, u = self.model(obs, action)
+            reward = self.reward(obs, action, next_obs, features) - self.penalty_coef * u
+            # where, not a product: what lies beyond a termination may be anything, even NaN
+            total = total + self.discount**k * torch.where(alive > 0, reward, 0.0)
+            alive = alive * (~self.terminated(next_obs))
+            obs = next_obs
+            taken.append(action)
+        if self.value is not None:
+            total = total + self.discount**self.horizon * torch.where(alive > 0, self.value(obs), 0.0)
+        return torch.stack(taken, 1), torch.where(total.isfinite(), total, -torch.inf)
+
+    @torch.no_grad()
+    def plan(self, obs, mean=None):
+        """Plans for B states at once, from the action sequences `mean` (zeros where None).
+
+        obs (B, d) -> the plan (B, H, A) and its candidates' best penalised return (B,).
+        """
+        batch, (horizon, dim) = len(obs), (self.horizon, self.action_dim)
+        mean = torch.zeros(batch, horizon, dim, device=obs.device) if mean is None else mean
+        std = torch.full_like(mean, self.init_std)
+        pool = torch.empty(batch, 0, horizon, dim, device=obs.device)
+        scores = torch.empty(batch, 0, device=obs.device)
+        if self.policy_samples:
+            pool, scores = self.rollout(obs.repeat_interleave(self.policy_samples, 0))
+            pool, scores = pool.view(batch, -1, horizon, dim), scores.view(batch, -1)
+        for _ in range(self.iterations):
+            noise = coloured_noise((batch, self.population, horizon, dim), self.noise_beta, obs.device)
+            drawn = (mean.unsqueeze(1) + std.unsqueeze(1) * noise).clamp(-1, 1)
+            drawn[:, 0] = mean  # the distribution's own mean competes too
+            drawn_scores = self.rollout(obs.repeat_interleave(self.population, 0), drawn.flatten(0, 1))[1]
+            # the model is deterministic here, so what was scored before keeps its score
+            pool = torch.cat([pool, drawn], 1)
+            scores, order = torch.cat([scores, drawn_scores.view(batch, -1)], 1).sort(1, descending=True)
+            best = pool.gather(1, order[:, : self.elites, None, None].expand(-1, -1, horizon, dim))
+            # a state all of whose candidates failed keeps the distribution it had
+            usable = scores[:, 0].isfinite()[:, None, None]
+            weight = scores[:, : self.elites].isfinite().to(best.dtype)[..., None, None]
+            count = weight.sum(1).clamp(min=1.0)
+            elite_mean = (weight * best).sum(1) / count
+            elite_std = ((weight * (best - elite_mean.unsqueeze(1)).square()).sum(1) / count).sqrt()
+            mean = torch.where(usable, self.momentum * mean + (1 - self.momentum) * elite_mean, mean)
+            std = torch.where(usable, self.momentum * std + (1 - self.momentum) * elite_std, std)
+            pool, scores = best[:, : max(self.n_keep, 1)], scores[:, : max(self.n_keep, 1)]
+            if self.n_keep == 0:
+                leader, leader_score = pool, scores
+                pool, scores = pool[:, :0], scores[:, :0]
+            else:
+                leader, leader_score = pool[:, :1], scores[:, :1]
+        chosen = torch.where(usable, leader[:, 0], mean) if self.execute == "best" else elite_mean
+        return torch.where(usable, chosen, mean), leader_score[:, 0]
+
+    def act(self, obs):
+        """obs (B, d) -> action (B, A): plans, warm-started by the last plan shifted by what was executed, every
+        `execute_steps` calls."""
+        if self._plan is None or self._age >= self.execute_steps:
+            start = None
+            if self._plan is not None:
+                start = torch.zeros_like(self._plan)
+                start[:, : self.horizon - self._age] = self._plan[:, self._age :]
+            self._plan, self._age = self.plan(obs, start)[0], 0
+        action = self._plan[:, self._age]
+        self._age += 1
+        return action
+
+
+@torch.no_grad()
+def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf")):
+    """Closed-loop trajectories, N at once (section 4.3): in the model, or wherever `step` leads.
+
+    Args:
+        step: (obs (N, d), action (N, A)) -> next_obs, features, u, such as `WorldModel.step`.
+        act: obs (N, d) -> action (N, A), such as `MPC.act`.
+        start_obs: (N, d). length: steps. max_uncertainty: a trajectory is cut before the step where u exceeds it.
+
+    Returns {key: (N, length, ...)} with obs, action, next_obs, features, uncertainty, terminated and valid: the last
+    is False after a predicted termination and from a cut on. A trajectory that is cut or reaches `length` has not
+    terminated.
+    """
+    rows, obs = [], start_obs
+    alive = torch.ones(len(obs), dtype=torch.bool, device=obs.device)
+    for _ in range(length):
+        action = act(obs)
+        next_obs, features, u = step(obs, action)
+        alive = alive & (u <= max_uncertainty)
+        ends = alive & terminated(next_obs)
+        rows.append((obs, action, next_obs, features, u, ends, alive))
+        alive = alive & ~ends
+        if not alive.any():
+            break
+        obs = next_obs
+    keys = ("obs", "action", "next_obs", "features", "uncertainty", "terminated", "valid")
+    return {key: torch.stack(values, 1) for key, values in zip(keys, zip(*rows))}

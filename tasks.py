@@ -1,0 +1,245 @@
+"""Source and target tasks: rewards, terminations and initial states over shared dynamics.
+
+A task is a reward r(s, a, s'), a termination rule and an initial-state distribution over one Gymnasium environment
+(section 3 of the paper: the source task M_S and the target task M_T differ in nothing else). Rewards and terminations
+are batched torch functions, so the world model, the planner, the relabelling and the environment share one definition.
+What a reward needs and the observation lacks (the x-velocity, as the environment computes it: delta x / dt) is a
+*feature*; the world model predicts features beside the next observation, so one model serves every reward.
+
+To add an environment: write a class like `Pusher` below and name it in `TASKS` (the README shows a whole one).
+"""
+
+import inspect
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+
+def _all_healthy(next_obs):
+    return torch.ones_like(next_obs[..., 0], dtype=torch.bool)
+
+
+def _hopper_healthy(next_obs):
+    z, angle = next_obs[..., 0], next_obs[..., 1]
+    return (z > 0.7) & (angle.abs() < 0.2) & (next_obs[..., 1:].abs() < 100).all(-1)
+
+
+def _walker_healthy(next_obs):
+    z, angle = next_obs[..., 0], next_obs[..., 1]
+    return (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)
+
+
+def _ant_healthy(next_obs):
+    z = next_obs[..., 0]
+    return (z >= 0.2) & (z <= 1.0) & next_obs.isfinite().all(-1)
+
+
+def _humanoid_healthy(next_obs):
+    z = next_obs[..., 0]
+    return (z > 1.0) & (z < 2.0)
+
+
+class Locomotion:
+    """Move along x and stay healthy: w f(v_x) + healthy bonus - c |a|^2 - contact cost.
+
+    The target is the stock task, f(v) = v. Sources: `near` caps the speed that pays, f(v) = min(v, speed_cap), and on
+    Swimmer, which is slow, charges 100 times the control cost instead; `backward` pays for the other direction,
+    f(v) = -v; `stand` for staying in place, f(v) = -|v|. Every source starts from `reset_noise_factor` times the stock
+    reset noise.
+
+    Args:
+        version: of the Gymnasium environment; from v5 on the step that ends an episode earns no healthy bonus, and
+            contact forces, which are the tail of the observation, cost.
+        source: None for the target, else one of `SOURCES`.
+        speed_cap: m/s, for the near source. ctrl_cost_factor: times the stock control cost, for every source.
+    """
+
+    SOURCES = ("near", "backward", "stand")
+    FEATURES = ("x_velocity",)  # keys of the environment's info
+    # name: forward weight, control cost, half width of the raw action range, healthy bonus, healthy rule,
+    # stock reset noise, then the near source's speed cap (m/s) and factor on the control cost
+    STOCK = {
+        "HalfCheetah": (1.0, 0.1, 1.0, 0.0, _all_healthy, 0.1, 3.0, 1.0),
+        "Hopper": (1.0, 1e-3, 1.0, 1.0, _hopper_healthy, 5e-3, 1.0, 1.0),
+        "Walker2d": (1.0, 1e-3, 1.0, 1.0, _walker_healthy, 5e-3, 1.0, 1.0),
+        "Ant": (1.0, 0.5, 1.0, 1.0, _ant_healthy, 0.1, 1.0, 1.0),
+        "Swimmer": (1.0, 1e-4, 1.0, 0.0, _all_healthy, 0.1, float("inf"), 100.0),
+        "Humanoid": (1.25, 0.1, 0.4, 5.0, _humanoid_healthy, 1e-2, 1.0, 1.0),
+    }
+    # v5 only: number of contact forces in the observation, weight, clip of one force, cap of the whole cost
+    CONTACT = {"Ant": (78, 5e-4, 1.0, float("inf")), "Humanoid": (78, 5e-7, float("inf"), 10.0)}
+
+    def __init__(self, name, version, source=None, speed_cap=None, ctrl_cost_factor=None, reset_noise_factor=2.0):
+        self.forward_weight, cost, self.action_scale, self.bonus, self.healthy, noise, cap, factor = self.STOCK[name]
+        self.version, self.source = version, source
+        self.contact = self.CONTACT.get(name) if version >= 5 else None
+        if source != "near":
+            cap, factor = float("inf"), 1.0
+        self.speed_cap = cap if speed_cap is None else speed_cap
+        if ctrl_cost_factor is not None:
+            factor = ctrl_cost_factor
+        self.ctrl_cost = cost * factor * self.action_scale**2  # on actions in [-1, 1]
+        self.env_kwargs = {"reset_noise_scale": noise * (reset_noise_factor if source else 1.0)}
+
+    def reward(self, obs, action, next_obs, features):
+        speed = features[..., 0].clamp(max=self.speed_cap)
+        if self.source == "backward":
+            speed = -speed
+        elif self.source == "stand":
+            speed = -speed.abs()
+        reward = self.forward_weight * speed - self.ctrl_cost * action.square().sum(-1)
+        if self.bonus:
+            reward = reward + (self.bonus if self.version < 5 else self.bonus * self.healthy(next_obs))
+        if self.contact:
+            width, weight, clip, cap = self.contact
+            force = next_obs[..., -width:].clamp(-clip, clip)
+            reward = reward - (weight * force.square().sum(-1)).clamp(max=cap)
+        return reward
+
+    def terminated(self, next_obs):
+        return ~self.healthy(next_obs)
+
+
+class Pusher:
+    """Push the object to the goal: -|object - goal| - 0.5 |object - tip| - 0.1 |a|^2 (v5: positions after the step).
+
+    The near source's goal lies `goal_shift` metres along y from the goal that is seen, and the joint angles its arm
+    starts from are perturbed by up to `reset_noise_factor` times 0.05 rad (the stock arm always starts alike).
+    """
+
+    SOURCES = ("near",)
+    FEATURES = ()
+    action_scale, env_kwargs = 2.0, {}
+
+    def __init__(self, name, version, source=None, goal_shift=0.15, ctrl_cost_factor=1.0, reset_noise_factor=2.0):
+        self.ctrl_cost = 0.1 * (ctrl_cost_factor if source else 1.0) * self.action_scale**2  # on actions in [-1, 1]
+        self.goal_shift = goal_shift if source else 0.0
+        if source:
+            self.perturb = lambda qpos, rng: qpos[:7].__iadd__(rng.uniform(-1, 1, 7) * 0.05 * reset_noise_factor)
+
+    def reward(self, obs, action, next_obs, features):
+        tip, thing, goal = next_obs[..., 14:17], next_obs[..., 17:20], next_obs[..., 20:23]
+        shift = torch.tensor([0.0, self.goal_shift, 0.0], device=goal.device)
+        ctrl = self.ctrl_cost * action.square().sum(-1)
+        return -(thing - goal - shift).norm(dim=-1) - 0.5 * (thing - tip).norm(dim=-1) - ctrl
+
+    def terminated(self, next_obs):
+        return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
+
+
+class Reacher:
+    """Bring the fingertip to the target: -|fingertip - target| - |a|^2 (v4: position before the step, v5: after).
+
+    The near source aims `goal_shift` metres beside the target along y; its initial states are the stock ones, which
+    draw the arm and the target anew at every reset.
+    """
+
+    SOURCES = ("near",)
+    FEATURES = ()
+    action_scale, env_kwargs = 1.0, {}
+
+    def __init__(self, name, version, source=None, goal_shift=0.05, ctrl_cost_factor=1.0):
+        self.version, self.ctrl_cost = version, ctrl_cost_factor if source else 1.0
+        self.goal_shift = goal_shift if source else 0.0
+
+    def reward(self, obs, action, next_obs, features):
+        # fingertip - target; v4 observes the height too, where the two differ by a constant
+        offset = obs[..., 8:] if self.version < 5 else next_obs[..., 8:]
+        shift = torch.zeros(offset.shape[-1], device=offset.device)
+        shift[1] = self.goal_shift
+        return -(offset - shift).norm(dim=-1) - self.ctrl_cost * action.square().sum(-1)
+
+    def terminated(self, next_obs):
+        return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
+
+
+TASKS = {**dict.fromkeys(Locomotion.STOCK, Locomotion), "Pusher": Pusher, "Reacher": Reacher}
+
+
+class TaskEnv:
+    """A Gymnasium environment under one task: actions in [-1, 1], float32 arrays, the task's own reward.
+
+    Args:
+        env_id: such as "Walker2d-v4".
+        source: None for the stock (target) task, else a source variant of the environment's class in `TASKS`.
+        seed: of the initial states. Every TaskEnv has a generator of its own.
+        quantities: of the source task, as the task's class names them; None stands for the class's default.
+
+    Raises ValueError, in one line, for an unknown environment, source or quantity, or actions that are discrete.
+    """
+
+    def __init__(self, env_id, source=None, seed=0, render_mode=None, **quantities):
+        name, _, version = env_id.rpartition("-v")
+        if name not in TASKS or not version.isdigit():
+            raise ValueError(f"unknown environment {env_id!r}: known are {', '.join(TASKS)}, each -v4 or -v5; to add "
+                             "one, write its class in tasks.py and name it in TASKS (README, 'Your own environment')")
+        task_class = TASKS[name]
+        if source is not None and source not in task_class.SOURCES:
+            raise ValueError(f"unknown source task {source!r}: {env_id} has {', '.join(task_class.SOURCES)}")
+        given = {key: value for key, value in quantities.items() if value is not None}
+        unknown = set(given) - set(inspect.signature(task_class).parameters)
+        if unknown:
+            raise ValueError(f"{env_id} has no source quantity {', '.join(sorted(unknown))}")
+        self.task = task_class(name, int(version), source, **given)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # v4 is old, and is what published numbers are for
+                self.env = gym.make(env_id, render_mode=render_mode, **self.task.env_kwargs)
+        except (gym.error.Error, ImportError) as error:
+            raise ValueError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
+        space = self.env.action_space
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"{env_id} has discrete actions; continuous ones (gymnasium.spaces.Box) are needed")
+        self.action_mid, self.action_scale = (space.high + space.low) / 2, (space.high - space.low) / 2
+        self.env_id, self.source = env_id, source
+        self.obs_dim, self.action_dim = self.env.observation_space.shape[0], space.shape[0]
+        self.n_features, self.max_steps = len(self.task.FEATURES), self.env.spec.max_episode_steps
+        self.seed(seed)
+
+    def seed(self, seed):
+        """Starts the generator of initial states anew: the next resets are those that `seed` always gives."""
+        self.env.unwrapped.np_random, _ = gym.utils.seeding.np_random(seed)
+        self.obs, self._episode = None, None
+
+    def reset(self):
+        """Starts an episode; returns obs (obs_dim,)."""
+        env = self.env.unwrapped
+        self._episode = (env.np_random.bit_generator.state, [])  # all that a replay of this episode needs
+        self.obs, _ = self.env.reset()
+        if hasattr(self.task, "perturb"):
+            qpos, qvel = env.data.qpos.copy(), env.data.qvel.copy()
+            self.task.perturb(qpos, env.np_random)
+            env.set_state(qpos, qvel)
+            self.obs = env._get_obs()
+        self.obs = np.asarray(self.obs, dtype=np.float32)
+        return self.obs
+
+    def step(self, action):
+        """One step with action (action_dim,) in [-1, 1]; returns next_obs, reward, terminated, truncated, features."""
+        action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
+        self._episode[1].append(action)
+        next_obs, _, terminated, truncated, info = self.env.step(self.action_mid + self.action_scale * action)
+        next_obs = np.asarray(next_obs, dtype=np.float32)
+        features = np.array([info[key] for key in self.task.FEATURES], dtype=np.float32)
+        reward = self.task.reward(*map(torch.from_numpy, (self.obs, action, next_obs, features))).item()
+        self.obs = next_obs
+        return next_obs, reward, terminated, truncated, features
+
+    def state_dict(self):
+        """The running episode, as the state of its generator at reset and its actions so far: replaying them brings
+        any deterministic environment back to this step, with the solver's warm start and the time limit's count."""
+        if self._episode is None:
+            return {"rng": self.env.unwrapped.np_random.bit_generator.state, "actions": None}
+        return {"rng": self._episode[0], "actions": np.array(self._episode[1], dtype=np.float32)}
+
+    def load_state_dict(self, state):
+        self.env.unwrapped.np_random.bit_generator.state = state["rng"]
+        if state["actions"] is not None:
+            self.reset()
+            for action in state["actions"]:
+                self.step(action)
+
+    def close(self):
+        self.env.close()

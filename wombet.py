@@ -1,0 +1,780 @@
+"""WOMBET: World Model-based Experience Transfer (Kim & Sreenath, 2026), the whole method as one loop.
+
+    python wombet.py --env Walker2d-v4
+
+1. Source    an agent learns in the source task; its real transitions train a probabilistic ensemble (section 4.1).
+2. Generate  uncertainty-penalised MPC acts inside that model (eqs. 1 to 5); what passes the dual filter (eq. 6) is
+             relabelled with the target's reward and becomes the prior data D_S (section 4.3).
+3. Target    a new agent learns online from alpha D_S + (1 - alpha) D_T (sections 4.4 to 4.6); every --refit-every
+             steps the model is refit on all real data and step 2 adds to D_S.
+
+The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this file wires them.
+"""
+
+import argparse
+import csv
+import ctypes
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
+from filter import MODES, accept, score_trajectories, thresholds, to_transitions
+from mpc import MPC, imagine
+from tasks import TaskEnv
+from world_model import WorldModel
+
+EVALUATION_SEED = 1_000_000  # evaluation episode i starts from EVALUATION_SEED + i, in every run
+COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
+           "alpha", "td_error", "q_mean", "temperature", "prior_size", "acceptance", "model_holdout_mse")
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description="World Model-based Experience Transfer: learn in a source task, imagine reliable experience with "
+        "the world model, learn the target task from it and from online data.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    switch = {"action": argparse.BooleanOptionalAction}
+
+    g = parser.add_argument_group("task")
+    g.add_argument("--env", default="Walker2d-v4", help="target: a stock Gymnasium MuJoCo environment")
+    g.add_argument("--source", default="near", help="source task: near, or (locomotion) backward or stand")
+    g.add_argument("--source-speed-cap", type=float, help="speed beyond which the near source pays no more, m/s "
+                   "(default: 3 HalfCheetah, 1 other runners, none Swimmer)")
+    g.add_argument("--source-ctrl-cost-factor", type=float, help="source control cost over the stock one (default: "
+                   "100 Swimmer, 1 others)")
+    g.add_argument("--source-goal-shift", type=float, help="distance of the source's goal, m (default: 0.15 Pusher, "
+                   "0.05 Reacher)")
+    g.add_argument("--source-reset-noise-factor", type=float, help="source reset noise over the stock one (default: 2)")
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="of networks, exploration and initial states")
+    g.add_argument("--name", default="wombet", help="second part of the run folder's name; plots group by it")
+    g.add_argument("--out", default="runs", help="folder of run folders <env>__<name>__<seed>")
+    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
+    g.add_argument("--threads", type=int, default=1, help="CPU threads of the tensor library")
+    g.add_argument("--checkpoint-every", type=int, default=5000, help="environment steps between checkpoints")
+    g.add_argument("--resume", metavar="RUN_DIR", help="continue that run, with its flags unless given anew here")
+    g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
+    g.add_argument("--evaluate", metavar="RUN_DIR", help="only play that run's policy, and print its return")
+    g.add_argument("--gif", metavar="FILE", help="with --evaluate: draw the first episode")
+
+    g = parser.add_argument_group("budget")
+    g.add_argument("--source-steps", type=int, default=20_000, help="environment steps in the source task")
+    g.add_argument("--target-steps", type=int, default=25_000, help="environment steps in the target task")
+    g.add_argument("--eval-every", type=int, default=2500, help="environment steps between evaluations")
+    g.add_argument("--eval-episodes", type=int, default=10, help="episodes in an evaluation (deterministic policy)")
+
+    g = parser.add_argument_group("world model (section 4.1)")
+    g.add_argument("--members", type=int, default=5, help="ensemble members E")
+    g.add_argument("--model-hidden", type=int, default=200, help="width of a hidden layer")
+    g.add_argument("--model-layers", type=int, default=3, help="hidden layers")
+    g.add_argument("--model-lr", type=float, default=1e-3, help="learning rate")
+    g.add_argument("--model-batch-size", type=int, default=256, help="transitions per member in a gradient step")
+    g.add_argument("--model-epochs", type=int, default=40, help="most epochs of the first fit")
+    g.add_argument("--refit-epochs", type=int, default=10, help="most epochs of a later, warm-started fit")
+    g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a): see "
+                   "WorldModel.uncertainty")
+
+    g = parser.add_argument_group("source exploration")
+    g.add_argument("--explore", default="policy", choices=("policy", "mpc", "mix"), help="who collects source data: "
+                   "the source agent, MPC, or in turn (every --mpc-every-th episode MPC)")
+    g.add_argument("--mpc-every", type=int, default=4, help="with --explore mix: one episode in so many is MPC's")
+    g.add_argument("--explore-refit-every", type=int, default=2500, help="source steps between fits for MPC episodes")
+
+    g = parser.add_argument_group("planning (section 4.2, eqs. 1 to 5)")
+    g.add_argument("--horizon", type=int, default=5, help="H, steps planned ahead")
+    g.add_argument("--population", type=int, default=32, help="candidates drawn in a CEM iteration")
+    g.add_argument("--elites", type=int, default=8, help="candidates that refit the distribution")
+    g.add_argument("--iterations", type=int, default=2, help="CEM iterations")
+    g.add_argument("--momentum", type=float, default=0.1, help="share of the old mean and std kept by a refit")
+    g.add_argument("--init-std", type=float, default=0.3, help="std of the first iteration, actions in [-1, 1]")
+    g.add_argument("--noise-beta", type=float, default=0.25, help="colour of the candidates' noise; 0 is white")
+    g.add_argument("--keep-elites", type=float, default=0.3, help="share of elites kept as candidates")
+    g.add_argument("--execute", default="mean", choices=("mean", "best"), help="plan executed: elites' mean or best")
+    g.add_argument("--replan-every", type=int, default=1, help="steps of a plan executed before the next")
+    g.add_argument("--guide", **switch, default=True, help="candidates from the source policy, value at the horizon")
+    g.add_argument("--policy-samples", type=int, default=16, help="candidates from the policy, with --guide")
+    g.add_argument("--collect-penalty-coef", type=float, default=0.0, help="lambda while collecting source data")
+    g.add_argument("--plan-penalty-coef", type=float, default=20.0, help="lambda while generating D_S, reward per u")
+
+    g = parser.add_argument_group("generating and filtering D_S (section 4.3, eq. 6)")
+    g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
+    g.add_argument("--imagined-trajectories", type=int, default=64, help="trajectories per round")
+    g.add_argument("--imagined-length", type=int, default=200, help="their length, steps")
+    g.add_argument("--reset-share", type=float, default=0.5, help="share that starts from resets; the others start "
+                   "from states of the source data")
+    g.add_argument("--trust-percentile", type=float, default=99.0, help="a trajectory is cut where u exceeds this "
+                   "percentile of u over the source data; 0: never")
+    g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
+    g.add_argument("--return-percentile", type=float, default=50.0, help="of the first round, becomes J_th")
+    g.add_argument("--u-percentile", type=float, default=75.0, help="of the first round, becomes u_th")
+    g.add_argument("--return-threshold", type=float, help="J_th itself, discounted source return")
+    g.add_argument("--u-threshold", type=float, help="u_th itself")
+
+    g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
+    g.add_argument("--critics", type=int, default=2, help="N, critics in the ensemble")
+    g.add_argument("--min-critics", type=int, default=2, help="M, size of the random subset under the target's min")
+    g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
+    g.add_argument("--utd", type=int, default=2, help="critic updates per environment step")
+    g.add_argument("--batch-size", type=int, default=256, help="transitions per critic update")
+    g.add_argument("--hidden", type=int, default=256, help="width of the two hidden layers")
+    g.add_argument("--layer-norm", **switch, default=True, help="LayerNorm in the critics (eq. 8)")
+    g.add_argument("--lr", type=float, default=3e-4, help="learning rate of actor, critics and temperature")
+    g.add_argument("--discount", type=float, default=0.99, help="gamma, also of planning and of J in eq. 6")
+    g.add_argument("--polyak", type=float, default=0.005, help="rate of the target networks")
+    g.add_argument("--init-temperature", type=float, default=0.1, help="of SAC's entropy term")
+    g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
+    g.add_argument("--backup-entropy", **switch, default=True, help="entropy term in the critics' target")
+    g.add_argument("--target-penalty-coef", type=float, default=1.0, help="lambda of eq. 7, on D_S samples")
+    g.add_argument("--random-steps", type=int, default=1000, help="uniform actions before learning without D_S")
+
+    g = parser.add_argument_group("transfer (section 4.6)")
+    g.add_argument("--prior", **switch, default=True, help="learn from D_S; --no-prior: from scratch")
+    g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, instead of phases 1 and 2")
+    g.add_argument("--pretrain-updates", type=int, default=0, help="critic updates on D_S before the first target step")
+    g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
+    g.add_argument("--alpha", type=float, default=0.5, help="the share with --alpha-rule fixed")
+    g.add_argument("--alpha-gain", type=float, default=0.2, help="alpha = clip(gain * |TD error|, min, max)")
+    g.add_argument("--alpha-min", type=float, default=0.05, help="lower end of alpha")
+    g.add_argument("--alpha-max", type=float, default=0.5, help="upper end of alpha")
+    g.add_argument("--alpha-ema", type=float, default=0.005, help="rate of the |TD error|'s running mean, per step")
+    g.add_argument("--refit-every", type=int, default=10_000, help="target steps between rounds; 0: one round only")
+    g.add_argument("--refit-on-imagined", **switch, default=False, help="refit the model on D_S too")
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags; of a resumed run its own, where argv does not give them anew. Bad ones raise ValueError."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        parser.set_defaults(**read_config(args.resume)["flags"])
+        args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    def need(ok, message):
+        if not ok:
+            raise ValueError(message)
+
+    for name in ("threads", "checkpoint_every", "target_steps", "eval_every", "eval_episodes", "members",
+                 "model_hidden", "model_layers", "model_batch_size", "model_epochs", "refit_epochs", "mpc_every",
+                 "explore_refit_every", "horizon", "population", "elites", "iterations", "replan_every",
+                 "imagined_trajectories", "imagined_length", "critics", "min_critics", "utd", "batch_size", "hidden",
+                 "source_steps", "lr", "model_lr", "init_temperature", "init_std", "policy_samples"):
+        need(getattr(args, name) > 0, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above zero")
+    for name in ("random_steps", "refit_every", "pretrain_updates", "collect_penalty_coef", "plan_penalty_coef",
+                 "target_penalty_coef", "noise_beta", "alpha_gain", "seed"):
+        need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
+    for name in ("alpha", "alpha_min", "alpha_max", "alpha_ema", "discount", "polyak", "momentum", "keep_elites",
+                 "reset_share"):
+        need(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must lie in [0, 1]")
+    for name in ("trust_percentile", "return_percentile", "u_percentile"):
+        need(0 <= getattr(args, name) <= 100, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must lie in [0, 100]")
+    need(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
+    need(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
+    need(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
+    need(args.horizon <= args.imagined_length,
+         f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
+    need(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
+    need(not (args.gif and not args.evaluate), "--gif draws an evaluation: give --evaluate RUN_DIR too")
+    need(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
+    need(args.prior or not (args.offline_data or args.source_run),
+         "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
+    try:
+        torch.empty(1, device=args.device)
+    except Exception as error:
+        raise ValueError(f"--device {args.device} is not there: {str(error).splitlines()[0]}") from None
+
+
+# ------------------------------------------------------------------------------------------- files, log, interruptions
+
+
+def read_config(run_dir):
+    path = Path(run_dir) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} is no run folder: it has no config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def write_config(run_dir, args):
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                            capture_output=True, text=True).stdout.strip()
+    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "evaluate", "gif")}
+    config = {"flags": flags, "commit": commit or None, "command": " ".join(sys.argv),
+              "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+              "machine": {"platform": platform.platform(), "cpus": os.cpu_count()}}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def save(path, state):
+    """Writes a checkpoint beside its place and moves it there: a reader sees the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load(path, device):
+    """Reads a checkpoint; ValueError where it is missing, cut short or of another program."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: the run has left no checkpoint yet") from None
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint, or is cut short: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or "wombet" not in state:
+        raise ValueError(f"{path} is not a checkpoint of wombet.py")
+    return state
+
+
+class Log:
+    """progress.csv and the live line on stdout."""
+
+    def __init__(self, path):
+        self.path, self.rows, self.start, self.shown = path, [], time.time(), 0.0
+        self.pace = (time.time(), 0)  # when and at which step this phase began in this process
+
+    @property
+    def wall_clock(self):
+        """Seconds of work, those before a resume included."""
+        return time.time() - self.start
+
+    def row(self, values):
+        self.rows.append({key: values.get(key, "") for key in COLUMNS})
+        self.write()
+
+    def write(self):
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def live(self, phase, step, steps, text, force=False):
+        """A line that rewrites itself on a terminal, and one per evaluation elsewhere."""
+        terminal = sys.stdout.isatty()
+        if not force and (not terminal or time.time() - self.shown < 1.0):
+            return
+        self.shown = time.time()
+        rate = (step - self.pace[1]) / max(self.shown - self.pace[0], 1e-9)
+        left = (steps - step) / rate if rate > 0 else 0.0
+        line = f"{phase:<6} {step:>7,}/{steps:,}  {rate:5.0f} steps/s  {left // 60:3.0f}:{left % 60:02.0f} left  {text}"
+        print(("\r\033[K" if terminal else "") + line, end="" if terminal and not force else "\n", flush=True)
+
+    def note(self, text):
+        print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
+
+
+class Interrupt:
+    """Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; a second one at once, without."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask)
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step (or this round), with a checkpoint; again: at once", file=sys.stderr)
+
+
+def keep_freed_memory():
+    """Lets glibc reuse large blocks instead of returning them to the kernel at every tensor's end, whose page faults
+    made training up to 1.4 times slower here. Without glibc nothing is done."""
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 32 << 20)
+        libc.mallopt(m_trim_threshold, 1 << 30)
+
+
+# --------------------------------------------------------------------------------------------------------------- set-up
+
+
+def build(args, run_dir):
+    """Everything that a run holds and a checkpoint keeps."""
+    torch.manual_seed(args.seed)
+    run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), interrupt=Interrupt(),
+                          rng=np.random.default_rng(args.seed), thresholds=None, acceptance=None, holdout_mse=None,
+                          rounds=0, fitted_at=0, phase="source" if args.prior else "target")
+    quantities = {"speed_cap": args.source_speed_cap, "ctrl_cost_factor": args.source_ctrl_cost_factor,
+                  "goal_shift": args.source_goal_shift, "reset_noise_factor": args.source_reset_noise_factor}
+
+    def side(source, steps, offset):
+        """One task's environments, agent and data."""
+        make_env = functools.partial(TaskEnv, args.env, source, **(quantities if source else {}))
+        env = make_env(seed=2 * args.seed + offset)
+        evaluation = [make_env() for _ in range(args.eval_episodes)]
+        agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics,
+                    hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
+                    polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
+                    backup_entropy=args.backup_entropy, actor_q=args.actor_q, penalty_coef=args.target_penalty_coef,
+                    device=args.device)
+        return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
+                               buffer=new_buffer(env, steps, args.device), planned=False)
+
+    run.target = side(None, args.target_steps, 0)
+    run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
+                          args.alpha if args.alpha_rule == "fixed" else None)
+    run.prior = run.source = run.model = None
+    env = run.target.env
+    if args.offline_data:
+        run.prior, run.phase = read_dataset(args.offline_data, env, args.device), "pretrain"
+    elif args.prior:
+        run.source = side(args.source, args.source_steps, 1)
+        run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
+                               hidden=args.model_hidden, layers=args.model_layers,
+                               uncertainty_kind=args.uncertainty).to(args.device)
+        rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
+        run.prior = new_buffer(env, rounds * args.imagined_trajectories * args.imagined_length, args.device)
+        run.explorer = planner(run, args.collect_penalty_coef)
+    return run
+
+
+def new_buffer(env, capacity, device):
+    return ReplayBuffer(capacity, device, obs=(env.obs_dim,), action=(env.action_dim,), reward=(),
+                        next_obs=(env.obs_dim,), terminated=(), timeout=(), features=(env.n_features,), uncertainty=())
+
+
+def planner(run, penalty_coef):
+    """MPC in the world model under the source task's reward, guided by the source agent."""
+    args, source, task = run.args, run.source, run.source.env.task
+    return MPC(run.model.step, task.reward, task.terminated, source.env.action_dim, horizon=args.horizon,
+               population=args.population, elites=args.elites, iterations=args.iterations, momentum=args.momentum,
+               init_std=args.init_std, noise_beta=args.noise_beta, keep_elites=args.keep_elites,
+               discount=args.discount, penalty_coef=penalty_coef, execute=args.execute,
+               execute_steps=args.replan_every, policy=source.agent.act if args.guide else None,
+               policy_samples=args.policy_samples, value=source.agent.value if args.guide else None)
+
+
+def state_dict(run):
+    """The whole run as tensors and plain values."""
+    sides = {}
+    for name in ("source", "target"):
+        side = getattr(run, name)
+        if side is not None:
+            sides[name] = {"env": side.env.state_dict(), "agent": side.agent.state_dict(),
+                           "buffer": side.buffer.state_dict(), "step": side.step, "updates": side.updates,
+                           "planned": side.planned}
+    state = {"wombet": 1, **sides, "td_error": run.mix.td_error, "phase": run.phase, "thresholds": run.thresholds,
+             "acceptance": run.acceptance, "holdout_mse": run.holdout_mse, "rounds": run.rounds,
+             "fitted_at": run.fitted_at, "rows": run.log.rows, "wall_clock": run.log.wall_clock,
+             "torch_rng": torch.get_rng_state(), "numpy_rng": run.rng.bit_generator.state}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    if run.model is not None:
+        state["model"] = run.model.state_dict()
+        state["plan"] = {"plan": run.explorer._plan, "age": run.explorer._age}
+    if run.prior is not None:
+        state["prior"] = run.prior.state_dict()
+    return state
+
+
+def load_side(side, state):
+    side.env.load_state_dict(state["env"])
+    side.agent.load_state_dict(state["agent"])
+    side.buffer.load_state_dict(state["buffer"])
+    side.step, side.updates, side.planned = state["step"], state["updates"], state["planned"]
+
+
+def load_state_dict(run, state):
+    try:
+        for name in ("source", "target"):
+            if getattr(run, name) is not None:
+                load_side(getattr(run, name), state[name])
+        for name in ("phase", "thresholds", "acceptance", "holdout_mse", "rounds", "fitted_at"):
+            setattr(run, name, state[name])
+        if run.model is not None:
+            run.model.load_state_dict(state["model"])
+            run.explorer._plan, run.explorer._age = state["plan"]["plan"], state["plan"]["age"]
+        if run.prior is not None:
+            run.prior.load_state_dict(state["prior"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the checkpoint does not fit these flags: {str(error).splitlines()[0]}") from None
+    run.mix.td_error, run.log.rows = state["td_error"], state["rows"]
+    run.log.start = time.time() - state["wall_clock"]
+    run.rng.bit_generator.state = state["numpy_rng"]
+    torch.set_rng_state(state["torch_rng"].cpu())
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+
+
+def reuse_source(run, source_run):
+    """The source phase of another run: its agent, its data and its world model."""
+    flags, ours = read_config(source_run)["flags"], vars(run.args)
+    differ = [key for key in ours if ours[key] != flags.get(key) and (
+        key in ("env", "source_steps", "critics", "hidden", "layer_norm", "members", "model_hidden", "model_layers")
+        or key == "source" or (key.startswith("source_") and key != "source_run"))]
+    if differ:
+        raise ValueError(f"--source-run {source_run} has other flags: " + ", ".join(
+            f"--{key.replace('_', '-')} {flags.get(key)}" for key in differ))
+    state = load(Path(source_run) / "source.pt", run.args.device)
+    load_side(run.source, state["source"])
+    run.model.load_state_dict(state["model"])
+    run.holdout_mse, run.phase = state["holdout_mse"], "generate"
+    run.log.rows = list(state["rows"])
+
+
+# D4RL's names for what a buffer holds; uncertainty and features are optional in a file
+DATASET_KEYS = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations",
+                "terminated": "terminals", "timeout": "timeouts", "uncertainty": "uncertainty", "features": "features"}
+
+
+def write_dataset(path, buffer):
+    temporary = path.with_name("writing_" + path.name)
+    flags = ("terminated", "timeout")
+    np.savez_compressed(temporary, **{DATASET_KEYS[key]: values.cpu().numpy().astype(bool if key in flags else np.float32)
+                                      for key, values in buffer.filled().items()})
+    os.replace(temporary, path)
+
+
+def read_dataset(path, env, device):
+    """D_S from an .npz file; ValueError where it is missing, foreign or of another environment's sizes."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[name] for key, name in DATASET_KEYS.items() if name in file}
+    except FileNotFoundError:
+        raise ValueError(f"--offline-data {path} does not exist") from None
+    except Exception as error:
+        raise ValueError(f"--offline-data {path} is no .npz file, or is cut short: {error}") from None
+    missing = [DATASET_KEYS[key] for key in ("obs", "action", "reward", "next_obs", "terminated") if key not in arrays]
+    if missing:
+        raise ValueError(f"--offline-data {path} lacks {', '.join(missing)} (D4RL's names)")
+    n = len(arrays["obs"])
+    buffer = new_buffer(env, max(n, 1), device)
+    for key, values in buffer.data.items():
+        arrays.setdefault(key, np.zeros(values.shape, dtype=np.float32))
+        expected = (n, *values.shape[1:])
+        if arrays[key].shape != expected and key != "features":
+            raise ValueError(f"--offline-data {path}: {DATASET_KEYS[key]} is {arrays[key].shape}, {env.env_id} needs "
+                             f"{expected}")
+        if not np.isfinite(arrays[key].astype(np.float64)).all():
+            raise ValueError(f"--offline-data {path}: {DATASET_KEYS[key]} holds a value that is not finite")
+    if n == 0:
+        raise ValueError(f"--offline-data {path} holds no transition")
+    if arrays["features"].shape != (n, env.n_features):
+        arrays["features"] = np.zeros((n, env.n_features), dtype=np.float32)
+    buffer.add(**arrays)
+    return buffer
+
+
+# --------------------------------------------------------------------------------------------------------------- phases
+
+
+def evaluate(act, envs, frames=None):
+    """One episode in each environment, in lockstep: undiscounted returns and lengths, (n,) each.
+
+    Episode i always starts alike, whatever the run. frames: a list that takes the first episode's pictures.
+    """
+    for i, env in enumerate(envs):
+        env.seed(EVALUATION_SEED + i)
+        env.reset()
+    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
+    while running:
+        actions = act(np.stack([envs[i].obs for i in running])).cpu().numpy()
+        for i, action in zip(list(running), actions):
+            _, reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            lengths[i] += 1
+            if frames is not None and i == 0:
+                frames.append(envs[0].env.render())
+            if terminated or truncated:
+                running.remove(i)
+    return returns, lengths
+
+
+def report(run, name, info):
+    """Evaluates a side's policy; one row of progress.csv, one line on stdout."""
+    side, other = getattr(run, name), run.source
+    returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation)
+    row = {"phase": name, "env_steps": run.target.step, "source_steps": other.step if other else 0,
+           "updates": side.updates, "wall_clock": round(run.log.wall_clock, 1), "return_mean": returns.mean(),
+           "return_std": returns.std(), "length_mean": lengths.mean()}
+    row.update({key: float(info[key]) for key in ("q_mean", "temperature") if key in info})
+    if name == "target" and run.prior is not None:
+        row.update(alpha=run.mix.alpha, prior_size=run.prior.size)
+        row.update(acceptance="" if run.acceptance is None else run.acceptance)
+    if name == "target":
+        row.update(td_error="" if run.mix.td_error is None else run.mix.td_error)
+    if run.holdout_mse is not None:
+        row.update(model_holdout_mse=run.holdout_mse)
+    run.log.row(row)
+    share = f", alpha {run.mix.alpha:.2f}" if name == "target" and run.prior is not None else ""
+    text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes{share}"
+    run.log.live(name, side.step, vars(run.args)[f"{name}_steps"], text, force=True)
+    return text
+
+
+def learn(run, name):
+    """Online learning in one task: act, store, update on the mix; in the target task with refit rounds."""
+    args, side, steps = run.args, getattr(run, name), vars(run.args)[f"{name}_steps"]
+    env, agent, buffer = side.env, side.agent, side.buffer
+    prior = run.prior if name == "target" else None
+    run.log.pace, text, info = (time.time(), side.step), "", {}
+    while side.step < steps:
+        if run.interrupt.asked:
+            save(run.dir / "checkpoint.pt", state_dict(run))
+            raise KeyboardInterrupt
+        if env.obs is None:
+            start_episode(run, name)
+        obs = env.obs
+        warm = prior is None and side.step < args.random_steps
+        if warm:
+            action = run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32)
+        elif side.planned:
+            action = run.explorer.act(torch.as_tensor(obs, device=args.device)[None])[0].cpu().numpy()
+        else:
+            action = agent.act(obs).cpu().numpy()
+        next_obs, reward, terminated, truncated, features = env.step(action)
+        # a truncated step is stored as not terminated: its value goes on (the target bootstraps)
+        buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=terminated,
+                   timeout=truncated and not terminated, features=features, uncertainty=0.0)
+        side.step += 1
+        if terminated or truncated:
+            env.obs = None
+        if not warm:
+            info = update(run, side, prior)
+        if name == "target" and prior is not None and not args.offline_data and args.refit_every and (
+                side.step % args.refit_every == 0 and side.step < steps):
+            fit(run, args.refit_epochs)
+            generate(run)
+            pace_step = side.step - run.log.pace[1]  # the round's time is not the loop's
+            run.log.pace = (time.time() - pace_step / max(run.rate, 1e-9), run.log.pace[1])
+        if side.step % args.eval_every == 0 or side.step == steps:
+            text = report(run, name, info)
+        if side.step % args.checkpoint_every == 0:
+            save(run.dir / "checkpoint.pt", state_dict(run))
+        run.rate = (side.step - run.log.pace[1]) / max(time.time() - run.log.pace[0], 1e-9)
+        run.log.live(name, side.step, steps, text)
+
+
+def start_episode(run, name):
+    """Resets; in the source task, decides who acts in the episode and brings the planner's model up to date."""
+    args, side = run.args, getattr(run, name)
+    side.env.reset()
+    if name == "target" or args.explore == "policy" or side.step < args.random_steps:
+        return
+    run.rounds += 1
+    side.planned = args.explore == "mpc" or run.rounds % args.mpc_every == 0
+    if side.planned:
+        if run.fitted_at == 0 or side.step - run.fitted_at >= args.explore_refit_every:
+            fit(run, args.model_epochs if run.fitted_at == 0 else args.refit_epochs)
+            run.fitted_at = side.step
+        run.explorer.reset()
+
+
+def update(run, side, prior, updates=None):
+    """UTD critic updates and one actor update on a batch of the mix; stops the run when the loss is not finite."""
+    args = run.args
+    batch, n_prior = mixed_batch(prior, side.buffer, run.mix.alpha, args.batch_size, updates or args.utd)
+    info = side.agent.update(batch, n_prior)
+    side.updates += updates or args.utd
+    if not math.isfinite(info["critic_loss"] + info["actor_loss"]):
+        save(run.dir / "nonfinite.pt", state_dict(run))
+        raise FloatingPointError(f"the loss is not finite after {side.updates} updates; the state is in "
+                                 f"{run.dir / 'nonfinite.pt'}, the last good one in checkpoint.pt")
+    if side is run.target:
+        run.mix.update(float(info["td_error"]))
+    return info
+
+
+def fit(run, epochs):
+    """Fits the model on all real data: the source's and, later, D_T (section 4.1)."""
+    args = run.args
+    parts = [run.source.buffer, run.target.buffer] + ([run.prior] if args.refit_on_imagined else [])
+    # Deviation: the paper refits on D_S and D_T; here D_S, the model's own samples, only by flag
+    columns = {key: torch.cat([part.filled()[key] for part in parts])
+               for key in ("obs", "action", "next_obs", "features")}
+    began = time.time()
+    result = run.model.fit(**columns, lr=args.model_lr, batch_size=args.model_batch_size, max_epochs=epochs)
+    run.holdout_mse = result["holdout_mse"]
+    run.log.note(f"model   fit on {len(columns['obs']):,} transitions: {result['epochs']} epochs, holdout MSE "
+                 f"{run.holdout_mse:.4f} of the variance, {time.time() - began:.0f} s")
+
+
+def generate(run):
+    """One round of section 4.3: imagine, filter, relabel, append to D_S; then u anew for all of D_S."""
+    args, source, model, began = run.args, run.source, run.model, time.time()
+    n, device = args.imagined_trajectories, args.device
+    length = min(args.imagined_length, source.env.max_steps or args.imagined_length)
+    real = source.buffer.sample(min(source.buffer.size, 5000))
+    limit = float("inf")
+    if args.trust_percentile:
+        limit = model.uncertainty(real["obs"], real["action"]).quantile(args.trust_percentile / 100).item()
+    act = planner(run, args.plan_penalty_coef).act
+    if args.generate_in == "model":
+        n_reset = round(args.reset_share * n)
+        # resets draw from the initial-state distribution and take no step in the environment
+        envs = source.evaluation[:1]
+        envs[0].seed(int(run.rng.integers(2**31)))
+        resets = torch.as_tensor(np.array([envs[0].reset() for _ in range(n_reset)], dtype=np.float32).reshape(
+            n_reset, source.env.obs_dim), device=device)
+        start = torch.cat([resets, source.buffer.sample(n - n_reset)["obs"]])
+        step = model.step
+    else:
+        step, start = real_steps(run, n)
+    trajectories = imagine(step, source.env.task.terminated, act, start, length, limit)
+    keys = ("obs", "action", "next_obs", "features")
+    rewards = source.env.task.reward(*(trajectories[key] for key in keys))
+    returns, mean_u = score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"],
+                                         trajectories["terminated"], args.discount)
+    if run.thresholds is None:
+        found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
+        given = (args.return_threshold, args.u_threshold)
+        run.thresholds = [f if g is None else g for f, g in zip(found, given)]
+    try:
+        passed = accept(returns, mean_u, *run.thresholds, args.filter)
+        transitions = to_transitions(trajectories, passed, run.target.env.task.reward)
+        run.prior.add(**transitions)
+        run.acceptance = passed.float().mean().item()
+    except ValueError as error:
+        if run.prior.size == 0:
+            raise
+        run.acceptance = 0.0  # a later round that adds nothing leaves D_S as it is
+        run.log.note(f"D_S     {error}")
+    data = run.prior.filled()
+    for rows in torch.arange(run.prior.size, device=device).split(8192):
+        data["uncertainty"][rows] = model.uncertainty(data["obs"][rows], data["action"][rows])
+    write_dataset(run.dir / "dataset.npz", run.prior)
+    run.log.note(f"D_S     {run.acceptance:.0%} of {n} trajectories pass (J >= {run.thresholds[0]:.4g}, u <= "
+                 f"{run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
+                 f"{run.prior.size:,} transitions, {time.time() - began:.0f} s")
+
+
+def real_steps(run, n):
+    """`--generate-in env`: a step function over n real source environments, and their initial states (n, d).
+
+    Its steps are the environment's, and count as source steps."""
+    device = run.args.device
+    envs = [run.source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
+    start = torch.as_tensor(np.stack([env.reset() for env in envs]), device=device)
+    done = np.zeros(n, dtype=bool)
+
+    def step(obs, action):
+        next_obs, features = [], []
+        for i, env in enumerate(envs):
+            if not done[i]:
+                run.source.step += 1
+                _, _, terminated, truncated, feature = env.step(action[i].cpu().numpy())
+                done[i] = terminated or truncated
+                env.features = feature
+            next_obs.append(env.obs)
+            features.append(env.features)
+        tensor = lambda rows: torch.as_tensor(np.stack(rows), device=device)
+        return tensor(next_obs), tensor(features), run.model.uncertainty(obs, action)
+
+    return step, start
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def train(args):
+    """The method, from the first phase that is not done yet."""
+    if args.resume:
+        run_dir = Path(args.resume)
+        state = load(run_dir / "checkpoint.pt", args.device)
+    else:
+        run_dir, state = Path(args.out) / f"{args.env}__{args.name}__{args.seed}", None
+        if run_dir.exists():
+            raise ValueError(f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name or --out")
+    run = build(args, run_dir)
+    if state is not None:
+        load_state_dict(run, state)
+        run.log.write()  # without the rows that came after the checkpoint
+    elif args.source_run:
+        reuse_source(run, args.source_run)
+    run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
+    write_config(run_dir, args)
+
+    if run.phase == "source":  # 1. learn the source task, then the model
+        learn(run, "source")
+        fit(run, args.model_epochs)
+        run.phase = "generate"
+        save(run.dir / "source.pt", state_dict(run))
+    if run.phase == "generate":  # 2. imagine D_S
+        save(run.dir / "checkpoint.pt", state_dict(run))
+        generate(run)
+        run.phase = "pretrain"
+    if run.phase == "pretrain":
+        save(run.dir / "checkpoint.pt", state_dict(run))
+        for _ in range(args.pretrain_updates // args.utd):
+            update(run, run.target, run.prior)
+        run.phase = "target"
+    if run.phase == "target":  # 3. learn the target task, with refit rounds
+        learn(run, "target")
+        run.phase = "done"
+    save(run.dir / "checkpoint.pt", state_dict(run))
+    run.log.note(f"done in {run.log.wall_clock / 60:.1f} min: {run.dir}/progress.csv, checkpoint.pt"
+                 + (", dataset.npz" if run.source else ""))
+
+
+def play(args):
+    """`--evaluate`: plays a run's policy on the episodes of its own evaluations, prints its return, draws the first."""
+    run_dir = Path(args.evaluate)
+    flags = argparse.Namespace(**{**vars(args), **read_config(run_dir)["flags"], "device": args.device})
+    state = load(run_dir / "checkpoint.pt", args.device)
+    run = build(flags, run_dir)
+    load_state_dict(run, state)
+    name = "source" if run.phase in ("source", "generate") else "target"
+    side, frames = getattr(run, name), None
+    if args.gif:
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # no screen: draw off screen
+        side.evaluation[0], frames = side.make_env(render_mode="rgb_array"), []
+    returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation, frames)
+    print(f"{name} task, step {side.step:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
+          f"episodes of {lengths.mean():.0f} steps on average")
+    if args.gif:
+        from PIL import Image  # matplotlib brings it
+
+        pictures = [Image.fromarray(frame).resize((240, 240)) for frame in frames[:600:2]]  # 300 at most
+        pictures[0].save(args.gif, save_all=True, append_images=pictures[1:], duration=40, loop=0)
+        print(f"{args.gif}: {len(pictures)} pictures, every second step")
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+        torch.set_num_threads(args.threads)
+        keep_freed_memory()
+        play(args) if args.evaluate else train(args)
+    except ValueError as error:
+        print(f"wombet.py: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"wombet.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nwombet.py: interrupted; --resume RUN_DIR continues from the checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

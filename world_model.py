@@ -1,0 +1,177 @@
+"""Probabilistic ensemble world model (section 4.1; PETS, Chua et al., 2018) and its epistemic uncertainty.
+
+Each member i is a network that gives a diagonal Gaussian over (s' - s, features); the E members are one batched
+network. Inputs and targets are normalised with statistics of the training split, and uncertainty is measured in those
+units, so that no large dimension drowns the others.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class WorldModel(nn.Module):
+    """Ensemble of Gaussian models of the next observation and the task's features.
+
+    Args:
+        obs_dim, action_dim, n_features: sizes d, A and f of observations, actions and features.
+        members: E. hidden: width of each of the `layers` hidden layers (SiLU).
+        uncertainty_kind: one of `UNCERTAINTIES`; what `step` and `uncertainty` return as u.
+        margin: imagined observations are kept within the data's range, widened on each side by this share of it.
+    """
+
+    UNCERTAINTIES = ("std", "variance", "max-distance", "aleatoric")
+
+    def __init__(self, obs_dim, action_dim, n_features=0, *, members=5, hidden=200, layers=3, uncertainty_kind="std",
+                 margin=0.1):
+        super().__init__()
+        if uncertainty_kind not in self.UNCERTAINTIES:
+            raise ValueError(f"unknown uncertainty {uncertainty_kind!r}: known are {', '.join(self.UNCERTAINTIES)}")
+        self.obs_dim, self.members, self.uncertainty_kind, self.margin = obs_dim, members, uncertainty_kind, margin
+        out = obs_dim + n_features
+        sizes = [obs_dim + action_dim, *[hidden] * layers, 2 * out]
+        bounds = [1 / math.sqrt(i) for i in sizes[:-1]]
+        uniform = lambda bound, *shape: nn.Parameter(torch.empty(members, *shape).uniform_(-bound, bound))
+        self.weights = nn.ParameterList([uniform(b, i, o) for b, i, o in zip(bounds, sizes, sizes[1:])])
+        self.biases = nn.ParameterList([uniform(b, 1, o) for b, o in zip(bounds, sizes[1:])])
+        self.max_logvar = nn.Parameter(torch.full((out,), 0.5))
+        self.min_logvar = nn.Parameter(torch.full((out,), -10.0))
+        for name, size in (("input", obs_dim + action_dim), ("target", out)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("varies", torch.ones(out))  # 0 where a target was constant: its mean is then exact
+        self.register_buffer("obs_low", torch.full((obs_dim,), -math.inf))
+        self.register_buffer("obs_high", torch.full((obs_dim,), math.inf))
+
+    def _trunk(self, inputs):
+        x = ((inputs - self.input_mean) / self.input_std).expand(self.members, *inputs.shape[-2:])
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            x = F.silu(torch.baddbmm(bias, x, weight))
+        return x
+
+    def forward(self, inputs):
+        """inputs (B, d+A), or (E, B, d+A) for a batch of its own per member -> mean and log variance (E, B, d+f),
+        in normalised units; the log variance is softly bounded from above, then from below."""
+        mean, logvar = torch.baddbmm(self.biases[-1], self._trunk(inputs), self.weights[-1]).chunk(2, -1)
+        logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
+        return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
+
+    def _means(self, inputs):
+        """The members' means alone, (E, B, d+f) in normalised units: half of the last layer, no log variance."""
+        out = self.max_logvar.shape[0]
+        weight, bias = self.weights[-1][..., :out], self.biases[-1][..., :out]
+        return torch.baddbmm(bias, self._trunk(inputs), weight) * self.varies
+
+    def _disagreement(self, mean, inputs):
+        """u (B,) from the members' means (E, B, d+f)."""
+        root_d = math.sqrt(max(float(self.varies.sum()), 1.0))
+        if self.uncertainty_kind == "std":
+            return mean.std(0, correction=0).norm(dim=-1) / root_d
+        if self.uncertainty_kind == "variance":
+            return mean.var(0, correction=0).sum(-1) / root_d**2
+        if self.uncertainty_kind == "max-distance":
+            return (mean - mean.mean(0)).norm(dim=-1).amax(0) / root_d
+        logvar = self(inputs)[1]
+        return ((0.5 * logvar).exp() * self.varies).norm(dim=-1).amax(0) / root_d
+
+    @torch.no_grad()
+    def predict(self, obs, action):
+        """obs (B, d), action (B, A) -> mean and standard deviation of each member's (next_obs, features), (E, B, d+f),
+        in the environment's units."""
+        inputs = torch.cat([obs, action], -1)
+        mean, logvar = self(inputs)
+        mean = self.target_mean + self.target_std * mean * self.varies
+        mean = torch.cat([obs + mean[..., : self.obs_dim], mean[..., self.obs_dim :]], -1)
+        return mean, self.target_std * (0.5 * logvar).exp() * self.varies
+
+    @torch.no_grad()
+    def uncertainty(self, obs, action):
+        """Epistemic uncertainty u(s, a): obs (B, d), action (B, A) -> (B,), in delta-normalised units.
+
+        std: |std_i mean_i| / sqrt(d), a distance, as eq. 2 needs (over the d target dimensions that vary).
+        variance: mean over dimensions of var_i mean_i (section 4.3's "predictive variance").
+        max-distance: max_i |mean_i - mean| / sqrt(d).
+        aleatoric: max_i |std_i(s, a)| / sqrt(d), MOPO's penalty; not epistemic.
+        """
+        inputs = torch.cat([obs, action], -1)
+        return self._disagreement(self._means(inputs), inputs)
+
+    @torch.no_grad()
+    def step(self, obs, action):
+        """One step of the ensemble's mean: obs (B, d), action (B, A) -> next_obs (B, d), features (B, f), u (B,)."""
+        inputs = torch.cat([obs, action], -1)
+        mean = self._means(inputs)
+        delta = self.target_mean + self.target_std * mean.mean(0)
+        next_obs = (obs + delta[:, : self.obs_dim]).nan_to_num(nan=0.0).clamp(self.obs_low, self.obs_high)
+        return next_obs, delta[:, self.obs_dim :], self._disagreement(mean, inputs)
+
+    def fit(self, obs, action, next_obs, features, *, lr=1e-3, weight_decay=1e-5, batch_size=256, max_epochs=40,
+            patience=5, holdout=0.1, max_holdout=5000):
+        """Gaussian maximum likelihood on bootstraps, from the present weights (so a refit is a warm start).
+
+        A holdout that no member trains on stops the fit once no member has gained 1 % for `patience` epochs; each
+        member keeps the weights that were its own best. Each member's bootstrap is drawn once.
+
+        Args: obs, next_obs (n, d), action (n, A), features (n, f).
+
+        Returns {"epochs", "holdout_mse" (normalised units; 1 is what the mean of the data achieves), "holdout_nll"}.
+        Raises ValueError for fewer than 10 transitions, FloatingPointError when the loss is not finite.
+        """
+        inputs, targets = torch.cat([obs, action], -1), torch.cat([next_obs - obs, features], -1)
+        n = len(inputs)
+        if n < 10:
+            raise ValueError(f"{n} transitions are too few to fit a world model: collect at least 10")
+        order = torch.randperm(n, device=inputs.device)
+        n_holdout = min(max(int(holdout * n), 1), max_holdout)
+        held, train = order[:n_holdout], order[n_holdout:]
+        self._normalise(inputs[train], targets[train], obs)
+        targets = (targets - self.target_mean) / self.target_std
+        boot = train[torch.randint(len(train), (self.members, len(train)), device=train.device)]
+        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        best = torch.full((self.members,), math.inf, device=inputs.device)
+        stacked = [*self.weights, *self.biases]  # what belongs to one member; the log-variance bounds are shared
+        kept = [p.detach().clone() for p in stacked]
+        stale = epoch = 0
+        for epoch in range(1, max_epochs + 1):
+            columns = torch.rand(boot.shape, device=boot.device).argsort(1)
+            for rows in boot.gather(1, columns).split(batch_size, 1):
+                mean, logvar = self(inputs[rows])
+                nll = ((mean - targets[rows]).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
+                loss = nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            error = self._holdout_mse(inputs[held], targets[held])
+            if not (error.isfinite().all() and loss.isfinite()):
+                raise FloatingPointError("the world model's loss is not finite: lower --model-lr or look at the data")
+            gained = error < 0.99 * best
+            better = error < best
+            best = torch.where(better, error, best)
+            for keep, p in zip(kept, stacked):
+                keep[better] = p.detach()[better]
+            stale = 0 if gained.any() else stale + 1
+            if stale >= patience:
+                break
+        with torch.no_grad():
+            for keep, p in zip(kept, stacked):
+                p.copy_(keep)
+            mean, logvar = self(inputs[held])
+            nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
+            mse = (mean.mean(0) - targets[held]).square().mean()
+        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item()}
+
+    def _normalise(self, inputs, targets, obs):
+        self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
+        input_std, target_std = inputs.std(0), targets.std(0)
+        # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean
+        self.input_std = torch.where(input_std > 1e-6, input_std, torch.ones_like(input_std))
+        self.varies = (target_std > 1e-6).to(targets.dtype)
+        self.target_std = torch.where(target_std > 1e-6, target_std, torch.ones_like(target_std))
+        low, high = obs.amin(0), obs.amax(0)
+        self.obs_low, self.obs_high = low - self.margin * (high - low), high + self.margin * (high - low)
+
+    @torch.no_grad()
+    def _holdout_mse(self, inputs, targets):
+        return (self._means(inputs) - targets * self.varies).square().mean((1, 2))
