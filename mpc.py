@@ -44,7 +44,7 @@ class MPC:
         horizon: H steps. population: candidates drawn in an iteration. elites: how many refit the distribution.
         iterations: of CEM. momentum: share of the old mean and std that stays. init_std: of the first iteration.
         noise_beta: colour of the candidates' noise (see `coloured_noise`).
-        keep_elites: share of the elites that stay candidates in the next iteration.
+        keep_elites: share of the elites that stay candidates in the next iteration; the best one always does.
         discount: gamma. penalty_coef: lambda, in reward per unit of u.
         execute: "mean" of the elites, or the "best" candidate. execute_steps: actions executed before replanning.
         policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
@@ -57,7 +57,7 @@ class MPC:
         self.model, self.reward, self.terminated, self.action_dim = model, reward, terminated, action_dim
         self.horizon, self.population, self.elites, self.iterations = horizon, population, elites, iterations
         self.momentum, self.init_std, self.noise_beta = momentum, init_std, noise_beta
-        self.n_keep = int(keep_elites * elites)
+        self.n_keep = max(int(keep_elites * elites), 1)
         self.discount, self.penalty_coef = discount, penalty_coef
         self.execute, self.execute_steps = execute, execute_steps
         self.policy, self.policy_samples, self.value = policy, policy_samples if policy else 0, value
@@ -88,45 +88,46 @@ class MPC:
             total = total + self.discount**self.horizon * torch.where(alive > 0, self.value(obs), 0.0)
         return torch.stack(taken, 1), torch.where(total.isfinite(), total, -torch.inf)
 
+    def _refit(self, mean, std, pool, scores):
+        """Moves the distribution to the elites of a pool (B, P, H, A); returns mean, std, elites, their scores and
+        their mean. A state all of whose candidates failed keeps the distribution it had."""
+        scores, order = scores.sort(1, descending=True)
+        scores, order = scores[:, : self.elites], order[:, : self.elites, None, None]
+        pool = pool.gather(1, order.expand(-1, -1, *pool.shape[2:]))
+        finite = scores.isfinite().to(pool.dtype)[..., None, None]
+        count = finite.sum(1)
+        elite_mean = torch.where(count > 0, (finite * pool).sum(1) / count.clamp(min=1), mean)
+        elite_var = (finite * (pool - elite_mean.unsqueeze(1)).square()).sum(1) / count.clamp(min=1)
+        elite_std = torch.where(count > 0, elite_var.sqrt(), std)
+        keep = self.momentum
+        return keep * mean + (1 - keep) * elite_mean, keep * std + (1 - keep) * elite_std, pool, scores, elite_mean
+
     @torch.no_grad()
-    def plan(self, obs, mean=None):
-        """Plans for B states at once, from the action sequences `mean` (zeros where None).
+    def plan(self, obs, start=None):
+        """Plans for B states at once, from the action sequences `start` (B, H, A) (zeros where None).
 
         obs (B, d) -> the plan (B, H, A) and its candidates' best penalised return (B,).
         """
-        batch, (horizon, dim) = len(obs), (self.horizon, self.action_dim)
-        mean = torch.zeros(batch, horizon, dim, device=obs.device) if mean is None else mean
+        batch, shape = len(obs), (self.horizon, self.action_dim)
+        mean = start = torch.zeros(batch, *shape, device=obs.device) if start is None else start
         std = torch.full_like(mean, self.init_std)
-        pool = torch.empty(batch, 0, horizon, dim, device=obs.device)
-        scores = torch.empty(batch, 0, device=obs.device)
+        pool, scores = mean[:, None][:, :0], mean[:, :0, 0]
         if self.policy_samples:
+            # the policy's proposals are the first population: the search goes on around the best of them
             pool, scores = self.rollout(obs.repeat_interleave(self.policy_samples, 0))
-            pool, scores = pool.view(batch, -1, horizon, dim), scores.view(batch, -1)
-        for _ in range(self.iterations):
-            noise = coloured_noise((batch, self.population, horizon, dim), self.noise_beta, obs.device)
+            pool, scores = pool.view(batch, -1, *shape), scores.view(batch, -1)
+            mean, std, pool, scores, _ = self._refit(mean, std, pool, scores)
+        for i in range(self.iterations):
+            noise = coloured_noise((batch, self.population, *shape), self.noise_beta, obs.device)
             drawn = (mean.unsqueeze(1) + std.unsqueeze(1) * noise).clamp(-1, 1)
-            drawn[:, 0] = mean  # the distribution's own mean competes too
+            drawn[:, 0] = start if i == 0 else mean  # the warm start and the distribution's own mean compete too
             drawn_scores = self.rollout(obs.repeat_interleave(self.population, 0), drawn.flatten(0, 1))[1]
-            # the model is deterministic here, so what was scored before keeps its score
-            pool = torch.cat([pool, drawn], 1)
-            scores, order = torch.cat([scores, drawn_scores.view(batch, -1)], 1).sort(1, descending=True)
-            best = pool.gather(1, order[:, : self.elites, None, None].expand(-1, -1, horizon, dim))
-            # a state all of whose candidates failed keeps the distribution it had
-            usable = scores[:, 0].isfinite()[:, None, None]
-            weight = scores[:, : self.elites].isfinite().to(best.dtype)[..., None, None]
-            count = weight.sum(1).clamp(min=1.0)
-            elite_mean = (weight * best).sum(1) / count
-            elite_std = ((weight * (best - elite_mean.unsqueeze(1)).square()).sum(1) / count).sqrt()
-            mean = torch.where(usable, self.momentum * mean + (1 - self.momentum) * elite_mean, mean)
-            std = torch.where(usable, self.momentum * std + (1 - self.momentum) * elite_std, std)
-            pool, scores = best[:, : max(self.n_keep, 1)], scores[:, : max(self.n_keep, 1)]
-            if self.n_keep == 0:
-                leader, leader_score = pool, scores
-                pool, scores = pool[:, :0], scores[:, :0]
-            else:
-                leader, leader_score = pool[:, :1], scores[:, :1]
-        chosen = torch.where(usable, leader[:, 0], mean) if self.execute == "best" else elite_mean
-        return torch.where(usable, chosen, mean), leader_score[:, 0]
+            # the model is deterministic, so what was scored before keeps its score
+            pool = torch.cat([pool[:, : self.n_keep], drawn], 1)
+            scores = torch.cat([scores[:, : self.n_keep], drawn_scores.view(batch, -1)], 1)
+            mean, std, pool, scores, elite_mean = self._refit(mean, std, pool, scores)
+        best = torch.where(scores[:, :1, None].isfinite(), pool[:, 0], elite_mean)
+        return best if self.execute == "best" else elite_mean, scores[:, 0]
 
     def act(self, obs):
         """obs (B, d) -> action (B, A): plans, warm-started by the last plan shifted by what was executed, every

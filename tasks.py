@@ -232,14 +232,14 @@ class TaskEnv:
         any deterministic environment back to this step, with the solver's warm start and the time limit's count."""
         if self._episode is None:
             return {"rng": self.env.unwrapped.np_random.bit_generator.state, "actions": None}
-        return {"rng": self._episode[0], "actions": np.array(self._episode[1], dtype=np.float32)}
+        return {"rng": self._episode[0], "actions": torch.as_tensor(np.array(self._episode[1], dtype=np.float32))}
 
     def load_state_dict(self, state):
         self.env.unwrapped.np_random.bit_generator.state = state["rng"]
         if state["actions"] is not None:
             self.reset()
             for action in state["actions"]:
-                self.step(action)
+                self.step(action.cpu())
 
     def close(self):
         self.env.close()

@@ -86,7 +86,7 @@ def build_parser():
     g.add_argument("--model-layers", type=int, default=3, help="hidden layers")
     g.add_argument("--model-lr", type=float, default=1e-3, help="learning rate")
     g.add_argument("--model-batch-size", type=int, default=256, help="transitions per member in a gradient step")
-    g.add_argument("--model-epochs", type=int, default=40, help="most epochs of the first fit")
+    g.add_argument("--model-epochs", type=int, default=60, help="most epochs of the first fit")
     g.add_argument("--refit-epochs", type=int, default=10, help="most epochs of a later, warm-started fit")
     g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a): see "
                    "WorldModel.uncertainty")
@@ -101,7 +101,7 @@ def build_parser():
     g.add_argument("--horizon", type=int, default=5, help="H, steps planned ahead")
     g.add_argument("--population", type=int, default=32, help="candidates drawn in a CEM iteration")
     g.add_argument("--elites", type=int, default=8, help="candidates that refit the distribution")
-    g.add_argument("--iterations", type=int, default=2, help="CEM iterations")
+    g.add_argument("--iterations", type=int, default=1, help="CEM iterations, after the policy's proposals with --guide")
     g.add_argument("--momentum", type=float, default=0.1, help="share of the old mean and std kept by a refit")
     g.add_argument("--init-std", type=float, default=0.3, help="std of the first iteration, actions in [-1, 1]")
     g.add_argument("--noise-beta", type=float, default=0.25, help="colour of the candidates' noise; 0 is white")
@@ -119,7 +119,7 @@ def build_parser():
     g.add_argument("--imagined-length", type=int, default=200, help="their length, steps")
     g.add_argument("--reset-share", type=float, default=0.5, help="share that starts from resets; the others start "
                    "from states of the source data")
-    g.add_argument("--trust-percentile", type=float, default=99.0, help="a trajectory is cut where u exceeds this "
+    g.add_argument("--trust-percentile", type=float, default=95.0, help="a trajectory is cut where u exceeds this "
                    "percentile of u over the source data; 0: never")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=float, default=50.0, help="of the first round, becomes J_th")
@@ -131,8 +131,8 @@ def build_parser():
     g.add_argument("--critics", type=int, default=2, help="N, critics in the ensemble")
     g.add_argument("--min-critics", type=int, default=2, help="M, size of the random subset under the target's min")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
-    g.add_argument("--utd", type=int, default=2, help="critic updates per environment step")
-    g.add_argument("--batch-size", type=int, default=256, help="transitions per critic update")
+    g.add_argument("--utd", type=int, default=4, help="critic updates per environment step")
+    g.add_argument("--batch-size", type=int, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=int, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **switch, default=True, help="LayerNorm in the critics (eq. 8)")
     g.add_argument("--lr", type=float, default=3e-4, help="learning rate of actor, critics and temperature")
@@ -150,7 +150,7 @@ def build_parser():
     g.add_argument("--pretrain-updates", type=int, default=0, help="critic updates on D_S before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=float, default=0.5, help="the share with --alpha-rule fixed")
-    g.add_argument("--alpha-gain", type=float, default=0.2, help="alpha = clip(gain * |TD error|, min, max)")
+    g.add_argument("--alpha-gain", type=float, default=0.3, help="alpha = clip(gain * |TD error|, min, max)")
     g.add_argument("--alpha-min", type=float, default=0.05, help="lower end of alpha")
     g.add_argument("--alpha-max", type=float, default=0.5, help="upper end of alpha")
     g.add_argument("--alpha-ema", type=float, default=0.005, help="rate of the |TD error|'s running mean, per step")
@@ -513,8 +513,8 @@ def report(run, name, info):
     side, other = getattr(run, name), run.source
     returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation)
     row = {"phase": name, "env_steps": run.target.step, "source_steps": other.step if other else 0,
-           "updates": side.updates, "wall_clock": round(run.log.wall_clock, 1), "return_mean": returns.mean(),
-           "return_std": returns.std(), "length_mean": lengths.mean()}
+           "updates": side.updates, "wall_clock": round(run.log.wall_clock, 1), "return_mean": float(returns.mean()),
+           "return_std": float(returns.std()), "length_mean": float(lengths.mean())}
     row.update({key: float(info[key]) for key in ("q_mean", "temperature") if key in info})
     if name == "target" and run.prior is not None:
         row.update(alpha=run.mix.alpha, prior_size=run.prior.size)

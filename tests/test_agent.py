@@ -1,0 +1,248 @@
+"""Agent: the targets of eqs. 7 and 9, the update, learning on closed forms, mixing, the buffer."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions as dist
+from torch import nn
+
+from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
+
+
+def constant(critic, values):
+    """Q_i = values[i] everywhere."""
+    with torch.no_grad():
+        critic.weights[-1].zero_()
+        critic.biases[-1].copy_(torch.tensor(values).view(-1, 1, 1))
+
+
+def make_batch(slices=1, rows=1, obs_dim=3, action_dim=2, **columns):
+    """A random batch as mixed_batch gives it; columns are broadcast over it."""
+    batch = {"obs": torch.randn(slices, rows, obs_dim), "action": torch.rand(slices, rows, action_dim) * 2 - 1,
+             "next_obs": torch.randn(slices, rows, obs_dim)}
+    for key in ("reward", "terminated", "uncertainty"):
+        value = torch.as_tensor(columns.get(key, 0.0), dtype=torch.float32)
+        batch[key] = value.expand(slices, rows).clone()
+    return batch
+
+
+def measured_target(sac, **columns):
+    """y of a batch, its mean if it has more rows: what the TD error against Q = -1000 says, with a rate of zero."""
+    constant(sac.critic, [-1000.0] * sac.n_critics)
+    return sac.update(make_batch(**columns))["td_error"].item() - 1000
+
+
+def test_act_and_value():
+    """Arrays or tensors; the mode is tanh of the mean; V is the target critics' mean there."""
+    sac, obs = SAC(3, 2, n_critics=3, min_critics=2, hidden=(16,)), torch.randn(7, 3)
+    nn.init.normal_(sac.target_critic.biases[-1])
+    mode = sac.act(obs, deterministic=True)
+    torch.testing.assert_close(mode, sac.actor(obs)[0].tanh())
+    torch.testing.assert_close(sac.act(obs.numpy(), deterministic=True), mode)
+    assert sac.act(np.zeros(3, dtype=np.float32)).shape == (2,) and not torch.equal(sac.act(obs), sac.act(obs))
+    torch.testing.assert_close(sac.value(obs), sac.target_critic(obs, mode).mean(0))
+
+
+@pytest.mark.parametrize("columns, expected", [
+    ({"reward": 2.0, "terminated": 1.0}, 2.0), ({"reward": 2.0, "terminated": 0.0}, 2.0 + 0.9 * 3),
+    ({"reward": 2.0, "terminated": 1.0, "uncertainty": 0.5}, 2.0 - 4 * 0.5),
+    ({"reward": -1.0, "terminated": 0.0, "uncertainty": 0.25}, -1.0 - 4 * 0.25 + 0.9 * 3)])
+def test_target_by_hand(columns, expected):
+    """y = r - lambda u + gamma (1 - terminated) min over all N of the target networks; a truncation bootstraps."""
+    sac = SAC(3, 2, n_critics=3, min_critics=3, hidden=(8,), lr=0.0, discount=0.9, penalty_coef=4.0, polyak=0.0,
+              backup_entropy=False)
+    constant(sac.target_critic, [7.0, 3.0, 5.0])
+    assert measured_target(sac, rows=5, **columns) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("backup", [True, False])
+@pytest.mark.parametrize("terminated", [0.0, 1.0])
+def test_entropy_in_the_target(backup, terminated):
+    """The mean of y against the entropy of a tanh-Gaussian by quadrature, where it is in the backup."""
+    sac = SAC(3, 2, hidden=(8,), lr=0.0, discount=0.9, init_temperature=0.5, polyak=0.0, backup_entropy=backup)
+    constant(sac.target_critic, [3.0, 4.0])
+    with torch.no_grad():
+        sac.actor.net[-1].weight.zero_()
+        sac.actor.net[-1].bias.copy_(torch.tensor([0.8, -0.3, -0.5, 0.2]))  # two means, two log stds
+    entropy = 0.0
+    for mean, log_std in ((0.8, -0.5), (-0.3, 0.2)):
+        normal, u = dist.Normal(mean, math.exp(log_std)), torch.linspace(-9, 9, 20001)
+        squash = (1 - torch.tanh(u).square()).clamp(min=1e-12).log()
+        entropy += normal.entropy().item() + torch.trapezoid(normal.log_prob(u).exp() * squash, u).item()
+    expected = 1 + (1 - terminated) * 0.9 * (3 + 0.5 * entropy * backup)
+    assert measured_target(sac, rows=40000, reward=1.0, terminated=terminated) == pytest.approx(expected, abs=0.02)
+
+
+def test_minimum_over_a_random_subset():
+    """Of 5 critics with values 0 to 4 two are drawn, anew for every critic step: 0, 1, 2, 3 by 4, 3, 2, 1 in 10."""
+    sac = SAC(3, 2, n_critics=5, min_critics=2, hidden=(8,), lr=0.0, discount=1.0, polyak=0.0, backup_entropy=False)
+    constant(sac.target_critic, [0.0, 1.0, 2.0, 3.0, 4.0])
+    seen = [round(measured_target(sac)) for _ in range(400)]
+    assert [seen.count(k) / 400 for k in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0], abs=0.08)
+    assert measured_target(sac, slices=400) == pytest.approx(1.0, abs=0.2)
+
+
+def test_td_error_is_of_target_rows_before_the_updates():
+    """|mean_i Q_i - y| over the rows after the first n_prior of every slice; NaN where there are none."""
+    sac = SAC(3, 2, hidden=(8,), lr=0.0)
+    constant(sac.critic, [-1.0, 5.0])
+    reward = torch.tensor([[900.0, 900.0, 1.0, 5.0], [900.0, 900.0, 0.0, 0.0]])
+    td_error = lambda n_prior: sac.update(make_batch(2, 4, reward=reward, terminated=1.0), n_prior)["td_error"].item()
+    assert td_error(2) == pytest.approx(((1 + 3) / 2 + 2) / 2)
+    assert td_error(0) > 400 and math.isnan(td_error(4))
+
+
+@pytest.mark.parametrize("actor_q, expected", [("mean", -2.0), ("min", -1.0)])
+def test_actor_objective(actor_q, expected):
+    sac = SAC(3, 2, hidden=(8,), lr=0.0, init_temperature=1e-9, actor_q=actor_q)
+    constant(sac.critic, [1.0, 3.0])
+    assert sac.update(make_batch())["actor_loss"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_update_steps():
+    """A critic step on every slice in turn, one actor and one temperature step, the target's rate of pursuit."""
+    sac = SAC(3, 2, hidden=(8,), discount=0.0, polyak=0.25)
+    twin, batch = copy.deepcopy(sac), make_batch(4, 6, reward=torch.randn(4, 6))
+    before = copy.deepcopy(sac.state_dict())
+    sac.update(batch)
+    state = sac.state_dict()
+    for part in [key for key in state if key.endswith("_optimizer")]:
+        steps = {int(entry["step"]) for entry in state[part]["state"].values()}
+        assert steps == ({4} if part == "critic_optimizer" else {1})
+    assert state["log_temperature"] != before["log_temperature"]
+    for part in ("actor", "critic", "target_critic"):
+        assert all(not torch.equal(state[part][key], before[part][key]) for key in state[part])
+    for k in range(4):  # with a discount of 0 the targets do not depend on the actor
+        old = copy.deepcopy(twin.target_critic)
+        twin.update({key: value[k : k + 1] for key, value in batch.items()})
+        for t, o, c in zip(twin.target_critic.parameters(), old.parameters(), twin.critic.parameters()):
+            torch.testing.assert_close(t, 0.75 * o + 0.25 * c)
+    for ours, theirs in zip(sac.critic.parameters(), twin.critic.parameters()):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("n_critics, min_critics", [(2, 2), (4, 2)])
+def test_critic_converges_to_the_exact_values(n_critics, min_critics):
+    """0 -> 1 pays 1, 1 -> 0 nothing, 2 -> end pays 2 at u = 1: Q = 1/(1 - .81), .9/(1 - .81), 2 - lambda."""
+    sac = SAC(3, 1, n_critics=n_critics, min_critics=min_critics, hidden=(32, 32), lr=3e-3, discount=0.9, polyak=0.2,
+              penalty_coef=0.5, backup_entropy=False)
+    state = torch.arange(96) % 3
+    column = lambda values: torch.tensor(values)[state].expand(8, 96)
+    one_hot = torch.eye(3)
+    for _ in range(60):
+        batch = {"obs": one_hot[state].expand(8, 96, 3), "next_obs": one_hot[column([1, 0, 0])],
+                 "action": torch.rand(8, 96, 1) * 2 - 1, "reward": column([1.0, 0.0, 2.0]),
+                 "terminated": column([0.0, 0.0, 1.0]), "uncertainty": column([0.0, 0.0, 1.0])}
+        info = sac.update(batch)
+    q = sac.critic(one_hot[state], torch.rand(96, 1) * 2 - 1)
+    exact = torch.tensor([1 / 0.19, 0.9 / 0.19, 1.5])
+    torch.testing.assert_close(q, exact[state].expand_as(q), rtol=0.03, atol=0)
+    assert info["q_mean"].item() == pytest.approx(exact.mean().item(), rel=0.03) and info["td_error"] < 0.1
+
+
+@pytest.mark.parametrize("actor_q", ["mean", "min"])
+def test_actor_finds_the_best_action(actor_q):
+    """A bandit whose reward is -|a - s / 2|^2, s = -1 or 1."""
+    sac = SAC(1, 1, hidden=(32, 32), lr=3e-3, init_temperature=1e-3, target_entropy=-9.0, actor_q=actor_q)
+    for _ in range(300):
+        batch = make_batch(1, 128, 1, 1, terminated=1.0)
+        batch["obs"] = batch["obs"].sign()
+        batch["reward"] = -(batch["action"] - 0.5 * batch["obs"])[..., 0].square()
+        sac.update(batch)
+    best = sac.act(torch.tensor([[-1.0], [1.0]]), deterministic=True)[:, 0]
+    torch.testing.assert_close(best, torch.tensor([-0.5, 0.5]), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("target_entropy, falls", [(-9.0, True), (9.0, False)])
+def test_temperature_moves_towards_the_target_entropy(target_entropy, falls):
+    sac = SAC(3, 2, hidden=(8,), lr=1e-2, init_temperature=0.2, target_entropy=target_entropy)
+    seen = [sac.update(make_batch(1, 16))["temperature"].item() for _ in range(20)]
+    assert seen[0] == pytest.approx(0.2) and (np.diff(seen) < 0).all() == falls and (np.diff(seen) > 0).all() != falls
+    assert SAC(3, 2).target_entropy == -1.0
+
+
+def test_state_dict_continues_identically():
+    make = lambda: SAC(3, 2, n_critics=4, min_critics=2, hidden=(16,), lr=1e-2)
+    sac, other = make(), make()
+    batches = [make_batch(2, 8, reward=1.0) for _ in range(6)]
+    for batch in batches[:3]:
+        sac.update(batch, 4)
+    other.load_state_dict(copy.deepcopy(sac.state_dict()))
+    results = []
+    for agent in (sac, other):
+        torch.manual_seed(5)
+        infos = [agent.update(batch, 4) for batch in batches[3:]]
+        leaves, stack = [], [agent.state_dict(), infos]
+        while stack:
+            item = stack.pop()
+            stack += list(item.values()) if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else []
+            leaves += [torch.as_tensor(item)] if isinstance(item, (torch.Tensor, float, int)) else []
+        results.append(leaves)
+    assert len(results[0]) > 50 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_adaptive_mix():
+    """The moving average and its clip on a given sequence; before any measurement, and without target data."""
+    mix = AdaptiveMix(gain=0.5, alpha_min=0.1, alpha_max=0.9, ema=0.25)
+    assert mix.alpha == 0.9 and mix.update(math.nan) == 0.9
+    alphas = [mix.update(x) for x in (1.0, 0.6, math.nan, 0.0, math.inf, 9.0)]
+    assert alphas == pytest.approx([0.5, 0.45, 0.45, 0.3375, 0.3375, 0.9])  # .5 (.75 * .675 + .25 * 9) is above .9
+    assert mix.td_error == pytest.approx(0.75 * 0.675 + 0.25 * 9)
+    assert [mix.update(0.0) for _ in range(20)][-1] == mix.alpha == 0.1
+    fixed = AdaptiveMix(gain=0.5, alpha_min=0.1, alpha_max=0.9, ema=0.25, fixed=0.0)
+    assert fixed.alpha == fixed.update(5.0) == 0.0
+
+
+def marked(capacity, *values):
+    buffer = ReplayBuffer(capacity, obs=(2,), reward=())
+    for value in values:
+        buffer.add(obs=[value, -value], reward=value)
+    return buffer
+
+
+@pytest.mark.parametrize("alpha, n_prior", [(0.0, 0), (0.3, 3), (0.5, 5), (0.999, 10), (1.0, 10)])
+def test_mixed_batch_holds_the_share_in_every_slice(alpha, n_prior):
+    prior, online = marked(20, *range(1, 16)), marked(20, *range(101, 116))
+    batch, found = mixed_batch(prior, online, alpha, 10, 50)
+    assert found == n_prior and batch["obs"].shape == (50, 10, 2) and batch["reward"].shape == (50, 10)
+    assert (batch["reward"][:, :n_prior] < 100).all() and (batch["reward"][:, n_prior:] > 100).all()
+    assert torch.equal(batch["obs"], torch.stack([batch["reward"], -batch["reward"]], -1))  # rows stay whole
+    assert len({tuple(row) for row in batch["reward"].tolist()}) == 50  # each slice is drawn anew
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_mixed_batch_without_one_side(alpha):
+    some, empty = marked(9, 1, 2, 3), marked(9)
+    batch, n_prior = mixed_batch(some, empty, alpha, 8, 2)
+    assert n_prior == 8 and batch["reward"].min() >= 1
+    batch, n_prior = mixed_batch(None, some, alpha, 8, 2)
+    assert n_prior == 0 and batch["reward"].shape == (2, 8) and batch["reward"].min() >= 1
+
+
+def test_buffer_wraps_around_and_samples_what_is_filled():
+    buffer = marked(7, 1, 2, 3)
+    drawn = buffer.sample(3000)["reward"]
+    assert sorted(buffer.filled()["reward"].tolist()) == [1, 2, 3]  # the empty rows are 0
+    assert [(drawn == k).float().mean().item() for k in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.05)
+    buffer.add(obs=np.full((3, 2), 4.0), reward=np.array([4, 5, 6]))
+    buffer.add(obs=torch.zeros(3, 2), reward=torch.tensor([7, 8, 9]))
+    assert buffer.size == 7 and sorted(buffer.filled()["reward"].tolist()) == [3, 4, 5, 6, 7, 8, 9]
+    assert buffer.sample(4, 5)["obs"].shape == (4, 5, 2) and buffer.sample(500)["reward"].min() == 3
+    with pytest.raises(ValueError, match="8 transitions do not fit a buffer of 7"):
+        buffer.add(obs=torch.zeros(8, 2), reward=torch.zeros(8))
+
+
+@pytest.mark.parametrize("n", [0, 3, 7, 10])
+def test_buffer_state(n):
+    """What was filled, and where the next row goes: both buffers go on alike; later rows do not reach the state."""
+    buffer, other = marked(7, *range(1, n + 1)), marked(7, *range(50, 55))
+    state = buffer.state_dict()
+    buffer.add(obs=[0, 0], reward=20)
+    other.load_state_dict(state)
+    other.add(obs=[0, 0], reward=20)
+    assert other.size == buffer.size and torch.equal(other.filled()["obs"], buffer.filled()["obs"])
+    assert torch.equal(other.filled()["reward"], buffer.filled()["reward"])
+    assert len(state["rows"]["reward"]) == min(n, 7) and 20 not in state["rows"]["reward"]

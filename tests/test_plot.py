@@ -1,0 +1,305 @@
+"""Figures: what is aggregated, by hand; every picture is drawn; bad input ends in one line and exit code 2."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+import plot
+from wombet import COLUMNS
+
+NAN = math.nan
+
+
+def write_run(folder, marks, returns, env="Hopper-v4", name="a", seed=0, phase="target", end="", **columns):
+    """A run folder as a run leaves it: a row per mark, empty cells where nothing is given, then the text `end`."""
+    path = folder / f"{env}__{name}__{seed}"
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "progress.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for i, (mark, value) in enumerate(zip(marks, returns)):
+            row = {"phase": phase, plot.STEPS[phase]: mark, "return_mean": value}
+            writer.writerow({**row, **{key: values[i] for key, values in columns.items()}})
+        file.write(end)
+    return path
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def draw(folder, *flags):
+    return plot.main([str(folder), *map(str, flags)])
+
+
+def assert_picture(path):
+    """A PNG at 200 dpi, with more than a blank page in it."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
+    at = data.index(b"pHYs") + 4
+    assert int.from_bytes(data[at : at + 4]) == round(200 / 0.0254)
+
+
+def assert_refused(capsys, *words):
+    """One line on stderr, which holds these words."""
+    error = capsys.readouterr().err
+    assert error.startswith("plot.py: ") and error.endswith("\n") and error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+# ---------------------------------------------------------------------------------------------------------- aggregation
+
+
+def curves(*seeds):
+    return [(np.array(x, float), np.array(y, float)) for x, y in seeds]
+
+
+def test_common_marks_of_unequal_lengths():
+    marks, values = plot.aggregate(curves(([0, 10, 20, 30], [1, 2, 3, 9]), ([0, 10, 20], [3, 6, 5]), ([0, 10], [5, 1])))
+    assert marks.tolist() == [0, 10]
+    assert values.tolist() == [[1, 2], [3, 6], [5, 1]]
+    mean, std = plot.mean_std(values)
+    assert mean.tolist() == [3, 3]
+    np.testing.assert_allclose(std, [2, math.sqrt((1 + 9 + 4) / 2)])
+
+
+def test_nested_grids_use_measured_values_only():
+    marks, values = plot.aggregate(curves(([0, 5, 10, 15, 20], [0, 99, 1, 99, 2]), ([0, 10, 20], [4, 5, 6])))
+    assert marks.tolist() == [0, 10, 20] and values.tolist() == [[0, 1, 2], [4, 5, 6]]
+
+
+def test_other_grids_are_interpolated():
+    marks, values = plot.aggregate(curves(([2, 4, 6, 8], [0, 20, 40, 80]), ([3, 7, 9], [1, 2, 3])))
+    assert marks.tolist() == [3, 7] and values.tolist() == [[10, 60], [1, 2]]
+
+
+def test_one_seed_has_no_spread():
+    mean, std = plot.mean_std(np.array([[1.0, 2.0]]))
+    assert mean.tolist() == [1, 2] and np.isnan(std).all()
+
+
+def test_curve_takes_its_phase_its_steps_and_the_later_of_two_rows():
+    run = {"phase": np.array(["source", "target", "target", "target", "target", "target"]),
+           "env_steps": np.array([0.0, 0, 20, 10, 20, 30]), "source_steps": np.array([7.0, 8, 8, 8, 8, 8]),
+           "return_mean": np.array([1.0, 2, 3, 4, 5, NAN])}
+    assert [a.tolist() for a in plot.curve(run, "return_mean", "target")] == [[0, 10, 20], [2, 4, 5]]
+    assert [a.tolist() for a in plot.curve(run, "return_mean", "source")] == [[7], [1]]
+
+
+@pytest.mark.parametrize("kind", ["curves", "bars"])
+def test_table(tmp_path, capsys, kind):
+    write_run(tmp_path, [0, 2500, 5000], [1, 2, 3], seed=0)
+    write_run(tmp_path, [0, 2500], [3, 6], seed=1)
+    write_run(tmp_path, [0], [7.5], env="Ant-v4", name="b__c")
+    assert draw(tmp_path, "--kind", kind, "--table", tmp_path / "t" / "table.csv") == 0
+    table = read_table(tmp_path / "t" / "table.csv")
+    assert table[0] == ["env", "name", "env_steps", "mean", "std", "seeds"]
+    rows = [[*row[:3], *(float(cell or NAN) for cell in row[3:])] for row in table[1:]]
+    expected = [["Ant-v4", "b__c", "0", 7.5, NAN, 1], ["Hopper-v4", "a", "0", 2, math.sqrt(2), 2],
+                ["Hopper-v4", "a", "2500", 4, math.sqrt(8), 2]]
+    if kind == "bars":
+        del expected[1]
+    assert [row[:3] for row in rows] == [row[:3] for row in expected]
+    np.testing.assert_allclose([row[3:] for row in rows], [row[3:] for row in expected])
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split() == table[0]
+    assert out.splitlines()[1].split() == ["Ant-v4", "b__c", "0", "7.50", "-", "1"]
+    assert out.splitlines()[-2].split() == ["Hopper-v4", "a", "2500", "4.00", "2.83", "2"]
+    assert err == "note: Hopper-v4 a: return_mean ends at 2500 of 5000 steps, as its shortest seed\n"
+    assert_picture(tmp_path / f"{kind}.png")
+
+
+def test_source_phase(tmp_path, capsys):
+    write_run(tmp_path, [1000, 2000], [1, 2], phase="source")
+    assert draw(tmp_path, "--phase", "source", "--table", "table.csv") == 0
+    table = [row[2:4] for row in read_table("table.csv")]
+    assert table == [["source_steps", "mean"], ["1000", "1.0"], ["2000", "2.0"]]
+    capsys.readouterr()
+    assert draw(tmp_path) == 2  # it has no target rows yet
+    assert_refused(capsys, "target")
+
+
+@pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,\r\ntar", "\r\n"])
+def test_half_written_last_line(tmp_path, end):
+    write_run(tmp_path, [0, 10], [1, 2], end=end)
+    assert draw(tmp_path, "--table", "table.csv") == 0
+    assert [row[2] for row in read_table("table.csv")[1:]] == (["0", "10", "20"] if "\r\ntar" in end else ["0", "10"])
+
+
+@pytest.mark.parametrize("text", ["", "phase,env_st", ",".join(COLUMNS), ",".join(COLUMNS) + "\n"])
+def test_a_run_that_has_only_begun_is_left_out(tmp_path, text):
+    write_run(tmp_path, [0, 10], [1, 2])
+    (write_run(tmp_path, [], [], seed=1) / "progress.csv").write_text(text)
+    assert draw(tmp_path, "--table", "table.csv") == 0
+    assert [row[-1] for row in read_table("table.csv")] == ["seeds", "1", "1"]
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two environments, two groups, two seeds; `b` has no alpha; a folder that is no run."""
+    for env in ("Hopper-v4", "Pusher-v5"):
+        for name in ("a", "b"):
+            for seed in range(2):
+                more = {"alpha": [0.5, 0.4, 0.2]} if name == "a" else {}
+                write_run(tmp_path / "results", [0, 2500, 5000], [-1 - seed, 2, 4 + seed], env, name, seed,
+                          td_error=[3, 2, 1], **more)
+    (tmp_path / "results" / "figures").mkdir()
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize("kind", ["curves", "bars", "alpha"])
+def test_pictures(results, kind):
+    assert draw(results, "--kind", kind, "--per-seed") == 0
+    assert_picture(results / f"{kind}.png")
+    run = results / "Hopper-v4__a__0"
+    assert draw(run, "--kind", kind, "--out", "new/one.pdf") == 0
+    assert (run.parent.parent / "new" / "one.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def figure(*flags):
+    return plot.plot_runs(plot.build_parser().parse_args([*map(str, flags)]))[0]
+
+
+def legend(fig):
+    return [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def test_curves_show_the_mean_the_band_and_the_seeds(results):
+    ax = figure(results).axes[0]
+    x, y = ax.lines[0].get_data()
+    assert ax.get_title() == "Hopper-v4" and "target" in ax.get_xlabel().lower() and "thousand" in ax.get_xlabel()
+    assert x.tolist() == [0, 2.5, 5] and y.tolist() == [-1.5, 2, 4.5] and len(ax.lines) == 2
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([band.min(), band.max()], [-1.5 - math.sqrt(0.5), 4.5 + math.sqrt(0.5)])
+    assert len(figure(results, "--per-seed").axes[0].lines) == 2 + 4
+
+
+def test_bars_show_every_seed_at_the_last_mark(results):
+    ax = figure(results, "--kind", "bars").axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [4.5, 4.5]
+    seeds = [dots.get_offsets()[:, 1].tolist() for dots in ax.collections if len(dots.get_offsets()) == 2]
+    assert seeds == [[4, 5], [4, 5]] and ax.get_title() == "Hopper-v4 at 5k steps"
+    write_run(results, [0, 2500], [1, 2], name="c")
+    fig = figure(results, "--kind", "bars")
+    assert [tick.get_text() for tick in fig.axes[0].get_xticklabels()] == ["5k", "5k", "2.5k"]  # not to be compared
+    assert legend(fig) == ["a (2 seeds)", "b (2 seeds)", "c (1 seed)"]
+
+
+def test_alpha_stands_above_the_td_error(results):
+    above, below = [ax for ax in figure(results, "--kind", "alpha").axes if ax.get_subplotspec().colspan.start == 0]
+    assert len(above.lines) == 1 and above.lines[0].get_ydata().tolist() == [0.5, 0.4, 0.2]  # b has none
+    assert len(below.lines) == 2 and below.lines[1].get_ydata().tolist() == [3, 2, 1]
+    assert above.get_shared_x_axes().joined(above, below)
+
+
+def test_legend_counts_seeds_and_names_choose(results):
+    write_run(results, [0, 5000], [1, 2], name="b", seed=2)
+    write_run(results, [0, 5000], [1, 2], env="Ant-v4", name="c")
+    assert legend(figure(results)) == ["a (2 seeds)", "b (2 to 3 seeds)", "c (1 seed)"]
+    assert legend(figure(results, "--names", "c", "a=WOMBET")) == ["c (1 seed)", "WOMBET (2 seeds)"]
+
+
+def test_groups_look_different():
+    looks = [plot.style(i) for i in range(28)]
+    assert len({(look["color"], look["linestyle"]) for look in looks}) == 28
+    assert len({look["color"] for look in looks[:7]}) == 7 and len({look["marker"] for look in looks[:8]}) == 8
+
+
+@pytest.fixture
+def published(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text("method,env,env_steps,seeds,mean_return,std_return\nsac,Hopper-v4,50000,10,530,99\n"
+                    "sac,Hopper-v4,100000,10,1104,99\nppo,Ant-v4,50000,5,1,1\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["curves", "bars"])
+def test_reference_lines(results, published, kind):
+    fig = figure(results, "--kind", kind, "--published", published, "--reference", "SAC@50000")
+    hopper, pusher = ([line for line in ax.lines if line.get_color() == "#555555"] for ax in fig.axes)
+    assert [line.get_ydata()[0] for line in hopper] == [530] and not pusher
+    assert legend(fig)[-1] == "sac at 50k steps (published, 10 seeds)"
+
+
+def test_spearman_by_hand():
+    x = np.array([1.0, 2, 3, 4, 5])
+    assert plot.spearman(x, x**3) == pytest.approx(1) and plot.spearman(x, -np.exp(x)) == pytest.approx(-1)
+    assert plot.spearman(x, np.array([2.0, 1, 4, 3, 5])) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    tied = np.array([7.0, 7, 8, 9])  # ranks 1.5, 1.5, 3, 4
+    assert plot.spearman(tied, x[:4]) == pytest.approx(math.sqrt(0.9))
+    assert math.isnan(plot.spearman(x, np.ones(5)))
+
+
+def test_binned_median_by_hand():
+    x = np.arange(40.0)[::-1]
+    mid_x, mid_y = plot.binned_median(x, 2 * x)
+    assert mid_x.tolist() == [9.5, 29.5] and mid_y.tolist() == [19, 59]
+
+
+def test_model_error(tmp_path):
+    u = np.linspace(0.1, 1, 100)
+    for seed, error in enumerate((u, u**2)):
+        path = tmp_path / f"Hopper-v4__a__{seed}"
+        path.mkdir()
+        np.savetxt(path / "model_error.csv", np.stack([u, error], 1), delimiter=",", header="u,error", comments="")
+    assert draw(tmp_path, "--kind", "model-error") == 0
+    assert_picture(tmp_path / "model-error.png")
+    ax = plot.plot_model_error(plot.build_parser().parse_args([str(tmp_path)]))[0].axes[0]
+    rho = plot.spearman(np.r_[u, u], np.r_[u, u**2])
+    assert 0.5 < rho < 0.95 and f"= {rho:.2f}, n = 200" in ax.get_title()
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("kind", ["curves", "bars", "alpha", "model-error"])
+def test_no_runs(tmp_path, capsys, kind):
+    assert draw(tmp_path, "--kind", kind) == 2
+    assert_refused(capsys, "no runs found", str(tmp_path))
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("phase,return_mean\ntarget,1\n", ["no column env_steps"]),
+    (",".join(COLUMNS) + "\ntarget,1,2\n", ["line 2", "3 cells"]),
+    (",".join(COLUMNS) + "\n" + "target,0,,,,x" + 9 * "," + "\ntarget,1\n", ["line 2", "'x'"]),
+    ("\x00\x01\nPNG\n", ["no column phase"])])
+def test_malformed_csv(tmp_path, capsys, text, words):
+    path = write_run(tmp_path, [], []) / "progress.csv"
+    path.write_text(text)
+    assert draw(tmp_path) == 2
+    assert_refused(capsys, "malformed CSV", str(path), *words)
+
+
+@pytest.mark.parametrize("wanted", ["td3@50000", "sac@50001", "sac", "ppo@50000"])
+def test_unknown_reference(results, published, capsys, wanted):
+    assert draw(results, "--published", published, "--reference", "sac@50000", wanted) == 2
+    assert_refused(capsys, f"unknown reference {wanted}", "Hopper-v4")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--reference", "sac@50000"], "--published"), (["--names", "a", "z"], "no run is named z"),
+    (["--published", "none.csv", "--reference", "sac@1"], "none.csv"), (["--out", "picture.xyz"], "xyz"),
+    (["--kind", "alpha", "--table", "t.csv"], "--table"),
+    (["--kind", "alpha", "--phase", "source"], "nothing to draw")])
+def test_other_bad_input(results, capsys, flags, word):
+    assert draw(results, *flags) == 2
+    assert_refused(capsys, word)
+
+
+def test_one_run_is_not_counted_twice(results, capsys):
+    assert draw(results, results / "Hopper-v4__a__0") == 2
+    assert_refused(capsys, "two runs are named Hopper-v4__a__0")
+
+
+def test_a_folder_of_another_name_is_named(tmp_path, capsys):
+    write_run(tmp_path, [0], [1]).rename(tmp_path / "Hopper-v4__0")
+    assert draw(tmp_path) == 2
+    assert_refused(capsys, "Hopper-v4__0")

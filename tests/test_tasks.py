@@ -1,0 +1,250 @@
+"""Tasks: rewards and terminations against the environments' own, initial states, exact resumption, errors."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import tasks
+from tasks import TaskEnv
+
+LOCOMOTION = {"HalfCheetah": (1.0, 0.1), "Hopper": (1.0, 5e-3), "Walker2d": (1.0, 5e-3), "Ant": (1.0, 0.1),
+              "Swimmer": (1.0, 0.1), "Humanoid": (1.25, 1e-2)}  # stock forward weight, stock reset noise
+IDS = [f"{name}-v{version}" for name in [*LOCOMOTION, "Reacher"] for version in (4, 5)] + ["Pusher-v5"]
+
+
+def record(env):
+    """Wraps the Gymnasium environment's step: what goes in and comes out is kept in the list returned."""
+    calls, step = [], env.env.step
+
+    def recorded(action):
+        calls.append((action, *step(action)))
+        return calls[-1][1:]
+
+    env.env.step = recorded
+    return calls
+
+
+def drive(env, steps, seed=0):
+    """Random actions with resets: columns obs, action, next_obs, reward, terminated, features as arrays."""
+    rng, obs, rows = np.random.default_rng(seed), env.reset(), []
+    for _ in range(steps):
+        action = rng.uniform(-1, 1, env.action_dim).astype(np.float32)
+        next_obs, reward, terminated, truncated, features = env.step(action)
+        rows.append((obs, action, next_obs, reward, terminated, features))
+        obs = env.reset() if terminated or truncated else next_obs
+    return [np.array(column) for column in zip(*rows)]
+
+
+def tensors(*arrays):
+    return [torch.as_tensor(np.asarray(a), dtype=torch.float32) for a in arrays]
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_target_is_the_stock_task(env_id):
+    env = TaskEnv(env_id, seed=1)
+    calls = record(env)
+    obs, action, next_obs, reward, terminated, features = drive(env, 1000)
+    raw = np.array([call[2] for call in calls])
+    np.testing.assert_allclose(reward, raw, rtol=1e-5, atol=1e-5)
+    assert terminated.tolist() == [call[3] for call in calls]
+    batch = tensors(obs, action, next_obs, features)
+    assert env.task.terminated(batch[2]).tolist() == terminated.tolist()
+    if env_id.startswith(("Hopper", "Walker2d", "Humanoid")):  # others do not end this way, or not in 1,000 steps
+        assert 5 < terminated.sum() < 500
+    # the same function serves one transition, a batch and a batch of trajectories
+    np.testing.assert_allclose(env.task.reward(*batch), reward, rtol=1e-5, atol=1e-5)
+    folded = [x.reshape(10, 100, *x.shape[1:]) for x in batch]
+    torch.testing.assert_close(env.task.reward(*folded).flatten(), env.task.reward(*batch))
+    assert env.task.terminated(folded[2]).shape == (10, 100)
+
+
+def test_ant_terminates_outside_its_height_or_when_not_finite():
+    task, obs = TaskEnv("Ant-v4").task, torch.full((5, 27), 0.5)
+    obs[:4, 0] = torch.tensor([0.19, 0.21, 0.99, 1.01])
+    obs[4, 20] = float("nan")
+    assert task.terminated(obs).tolist() == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize("source", ["near", "backward", "stand"])
+@pytest.mark.parametrize("env_id", [i for i in IDS if i.split("-")[0] in LOCOMOTION])
+def test_locomotion_sources(env_id, source):
+    """A second environment, with Gymnasium's own arguments where they express the source, takes the same actions."""
+    name = env_id.split("-")[0]
+    weight, noise = LOCOMOTION[name]
+    kwargs = {"reset_noise_scale": 2 * noise}
+    if source == "backward" and env_id != "Ant-v4":
+        kwargs["forward_reward_weight"] = -weight
+    if source == "near" and name == "Swimmer":
+        kwargs["ctrl_cost_weight"] = 100 * 1e-4
+    cap = None if name == "Swimmer" else -0.1  # what random actions pass; the defaults have a test of their own
+    env, twin = TaskEnv(env_id, source, seed=7, speed_cap=cap if source == "near" else None), gym.make(env_id, **kwargs)
+    obs, twin_obs, capped = env.reset(), twin.reset(seed=7)[0], 0
+    for action in np.random.default_rng(3).uniform(-1, 1, (200, env.action_dim)).astype(np.float32):
+        np.testing.assert_array_equal(obs, twin_obs.astype(np.float32))
+        obs, reward, terminated, truncated, features = env.step(action)
+        twin_obs, expected, twin_terminated, _, info = twin.step(action * (0.4 if name == "Humanoid" else 1.0))
+        v = info["x_velocity"]
+        if source == "near" and cap:
+            expected, capped = expected + weight * (min(v, cap) - v), capped + (v > cap)
+        elif source == "backward" and "forward_reward_weight" not in kwargs:
+            expected -= 2 * weight * v
+        elif source == "stand":
+            expected += weight * (-abs(v) - v)
+        assert reward == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert terminated == twin_terminated and features.tolist() == [np.float32(v)]
+        if terminated or truncated:
+            obs, twin_obs = env.reset(), twin.reset()[0]
+    assert capped > 5 or source != "near" or name == "Swimmer"
+
+
+@pytest.mark.parametrize("name", LOCOMOTION)
+def test_locomotion_default_caps_and_costs(name):
+    """The near source's defaults (design, table of tasks) and the factors, on speeds that no random action reaches."""
+    cap, weight = {"HalfCheetah": 3.0, "Swimmer": float("inf")}.get(name, 1.0), LOCOMOTION[name][0]
+    v, obs, still, action = torch.linspace(-5, 5, 41), torch.ones(41, 150), torch.zeros(41, 3), torch.rand(41, 3)
+    pay = lambda task, action=still: task.reward(obs, action, obs, v[:, None])
+    cost = lambda task: pay(task) - pay(task, action)
+    stock = tasks.Locomotion(name, 4)
+    for source, shaped in (("near", v.clamp(max=cap)), ("backward", -v), ("stand", -v.abs())):
+        task, heavy = tasks.Locomotion(name, 4, source), tasks.Locomotion(name, 4, source, ctrl_cost_factor=10.0)
+        torch.testing.assert_close(pay(task), pay(stock) + weight * (shaped - v))
+        torch.testing.assert_close(cost(heavy), 10 * cost(stock), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("env_id, shift", [("Reacher-v4", 0.05), ("Reacher-v5", 0.05), ("Pusher-v5", 0.15)])
+def test_sources_with_a_shifted_goal(env_id, shift):
+    """The goal is `shift` further along y: hand-written from MuJoCo's own body positions."""
+    env = TaskEnv(env_id, "near", seed=2)
+    body = lambda name: env.env.unwrapped.get_body_com(name).copy()
+    aim = np.array([0, shift, 0])
+    env.reset()
+    for action in np.random.default_rng(0).uniform(-1, 1, (40, env.action_dim)).astype(np.float32):
+        before = body("fingertip") - body("target") - aim if "Reacher" in env_id else None
+        reward = env.step(action)[1]
+        if env_id == "Pusher-v5":
+            thing = body("object")
+            expected = (-np.linalg.norm(thing - body("goal") - aim) - 0.5 * np.linalg.norm(thing - body("tips_arm"))
+                        - 0.1 * np.square(2 * action).sum())
+        else:
+            offset = before if env_id == "Reacher-v4" else (body("fingertip") - body("target") - aim)[:2]
+            expected = -np.linalg.norm(offset) - np.square(action).sum()
+        assert reward == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("env_id, source, quantities", [
+    ("Walker2d-v4", None, {"speed_cap": 0.5}), ("Walker2d-v4", None, {"ctrl_cost_factor": 10.0}),
+    ("Walker2d-v4", "backward", {"speed_cap": 0.5}), ("Pusher-v5", None, {"goal_shift": 1.0, "ctrl_cost_factor": 9.0})])
+def test_quantities_reach_only_the_source_they_are_of(env_id, source, quantities):
+    """The target is the stock task whatever the source's quantities are; a speed cap is the near source's alone."""
+    env, plain = TaskEnv(env_id, source, **quantities), TaskEnv(env_id, source)
+    obs = torch.linspace(0.5, 1.5, env.obs_dim)[None]
+    args = obs, torch.ones(1, env.action_dim), obs, torch.full((1, env.n_features), 2.0)
+    torch.testing.assert_close(env.task.reward(*args), plain.task.reward(*args))
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v5", "Ant-v4", "Pusher-v5", "Reacher-v5"])
+def test_initial_states(env_id):
+    """A seed gives its initial states, another seed others; a source's are spread more widely."""
+    resets = lambda env, n: np.array([env.reset() for _ in range(n)])
+    first = lambda source, seed, n=3: resets(TaskEnv(env_id, source, seed=seed), n)
+    np.testing.assert_array_equal(first(None, 5), first(None, 5))
+    assert not np.array_equal(first(None, 5), first(None, 6))
+    env = TaskEnv(env_id, "near", seed=9)
+    drive(env, 7)
+    env.seed(5)
+    np.testing.assert_array_equal(resets(env, 3), first("near", 5))
+    stock, wide = first(None, 0, 60).std(0), first("near", 0, 60).std(0)
+    if env_id == "Pusher-v5":
+        joints = first("near", 0, 60)[:, :7] - first(None, 0, 1)[0, :7]
+        assert (stock[:7] == 0).all() and 0.09 < np.abs(joints).max() <= 0.1
+    elif env_id != "Reacher-v5":  # whose own initial states vary enough
+        assert wide[stock > 0].mean() / stock[stock > 0].mean() == pytest.approx(2.0, rel=0.1)
+
+
+def run(env, actions, reset_first):
+    """What comes of the actions, with resets."""
+    out = [(env.reset(),)] if reset_first else []
+    for action in actions:
+        out.append(env.step(action))
+        if out[-1][2] or out[-1][3]:
+            out.append((env.reset(),))
+    return out
+
+
+@pytest.mark.parametrize("env_id, source, at, truncates", [
+    ("Hopper-v4", "near", 13, False), ("Humanoid-v5", None, 11, False), ("Ant-v5", "near", 40, False),
+    ("HalfCheetah-v5", None, 990, True), ("Reacher-v4", "near", 40, True), ("Pusher-v5", "near", 90, True),
+    ("Pusher-v5", "near", 0, False), ("Walker2d-v4", None, None, False)])
+def test_resumes_bitwise(env_id, source, at, truncates):
+    """From state_dict on, another TaskEnv has the same future: steps, the time limit, the episodes after."""
+    env, other = TaskEnv(env_id, source, seed=3), TaskEnv(env_id, source, seed=4)
+    actions = np.random.default_rng(0).uniform(-1, 1, (1050, env.action_dim)).astype(np.float32)
+    run(env, actions[:8], True)  # an episode before, so that the generator has moved on
+    run(other, actions[:5], True)
+    env.seed(8)
+    if at is not None:  # else no episode has begun
+        env.reset()
+        for action in actions[:at]:
+            env.step(action)
+    state = copy.deepcopy(env.state_dict())
+    other.load_state_dict(state)
+    for key in ("rng", "actions"):
+        np.testing.assert_equal(np.asarray(other.state_dict()[key]), np.asarray(state[key]))
+    np.testing.assert_equal(other.obs, env.obs)
+    ours, theirs = (run(e, actions[-20:], at is None) for e in (env, other))
+    np.testing.assert_equal(theirs, ours)
+    assert any(len(row) > 1 and row[3] for row in ours) == truncates
+
+
+@pytest.mark.parametrize("env_id, scale", [("Humanoid-v4", 0.4), ("Pusher-v5", 2.0), ("Hopper-v5", 1.0)])
+def test_actions_are_rescaled_at_the_edge(env_id, scale):
+    env = TaskEnv(env_id)
+    calls = record(env)
+    env.reset()
+    for action in (np.linspace(-1, 1, env.action_dim), np.full(env.action_dim, 9.0)):
+        env.step(action)
+        np.testing.assert_allclose(calls[-1][0], scale * np.clip(action, -1, 1), rtol=1e-6)
+
+
+class Tiny:
+    """The whole class of a user's environment: stay upright; its source starts wider and pays for the centre."""
+
+    SOURCES, FEATURES = ("centre",), ()
+
+    def __init__(self, name, version, source=None, reset_noise_factor=3.0):
+        self.source = source
+        self.env_kwargs = {"reset_noise_scale": 0.01 * (reset_noise_factor if source else 1.0)} if version > 4 else {}
+
+    def reward(self, obs, action, next_obs, features):
+        upright = (~self.terminated(next_obs)).float()
+        return upright - (next_obs[..., 0].abs() if self.source else 0.0)
+
+    def terminated(self, next_obs):
+        return (next_obs[..., 1].abs() > 0.2) | ~next_obs.isfinite().all(-1)
+
+
+def test_own_environment(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "InvertedPendulum", Tiny)
+    env = TaskEnv("InvertedPendulum-v5", seed=1)
+    calls = record(env)
+    _, _, next_obs, reward, terminated, features = drive(env, 300)
+    assert reward.tolist() == [call[2] for call in calls] and features.shape == (300, 0)
+    assert env.task.terminated(*tensors(next_obs)).tolist() == terminated.tolist() == [call[3] for call in calls]
+    source = TaskEnv("InvertedPendulum-v5", "centre", reset_noise_factor=30.0)
+    assert 0.05 < np.abs([source.reset() for _ in range(20)]).max() <= 0.3
+    assert source.step(np.zeros(1))[1] == pytest.approx(1.0 - abs(source.obs[0]) - (abs(source.obs[1]) > 0.2))
+
+
+@pytest.mark.parametrize("args, quantities, words", [
+    (("Walker3d-v4",), {}, ["Walker3d-v4", *tasks.TASKS]), (("Walker2d",), {}, [*tasks.TASKS]),
+    (("Walker2d-v9",), {}, ["Walker2d-v9"]), (("Hopper-v4", "far"), {}, ["far", "near", "backward", "stand"]),
+    (("Hopper-v4", "near"), {"goal_shift": 1.0}, ["goal_shift", "Hopper-v4"]), (("Pusher-v4",), {}, ["Pusher-v4"]),
+    (("CartPole-v1",), {}, ["CartPole-v1", "discrete"])])
+def test_errors_are_one_line(monkeypatch, args, quantities, words):
+    monkeypatch.setitem(tasks.TASKS, "CartPole", Tiny)
+    with pytest.raises(ValueError) as caught:
+        TaskEnv(*args, **quantities)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)

@@ -1,0 +1,210 @@
+"""World model: recovery of a known system, calibration, the uncertainties, safety of a step, the fit."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from world_model import WorldModel
+
+KINDS = WorldModel.UNCERTAINTIES
+MATRIX = torch.tensor([[-0.1, 0.3, 1.0], [-0.4, -0.2, 0.5], [0.2, 0.6, -2.0]])  # (obs, action) -> (delta, feature)
+NOISE = torch.tensor([0.05, 0.2, 0.5])
+
+
+def linear_data(n):
+    """s' = s + A (s, a) + noise and one feature, likewise linear, from standard normal states."""
+    obs, action = torch.randn(n, 2), torch.rand(n, 1) * 2 - 1
+    mean = torch.cat([obs, action], -1) @ MATRIX
+    noisy = mean + NOISE * torch.randn(n, 3)
+    return (obs, action, obs + noisy[:, :2], noisy[:, 2:]), torch.cat([obs + mean[:, :2], mean[:, 2:]], -1)
+
+
+def small(**kwargs):
+    return WorldModel(2, 1, 1, **{"members": 5, "hidden": 32, "layers": 2, **kwargs})
+
+
+def fill(model, state):
+    model.load_state_dict(copy.deepcopy(state))
+    return model
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """One fit that most tests share: its data, its result and its state."""
+    torch.manual_seed(1)
+    model, (data, _) = small(), linear_data(12000)
+    result = model.fit(*data, max_epochs=60)
+    return data, result, model.state_dict()
+
+
+def test_recovers_a_linear_gaussian_system(fitted):
+    """Means, noise levels, the errors that fit reports, and 90 % intervals that hold about 90 % of held data."""
+    _, result, state = fitted
+    model, (data, truth) = fill(small(), state), linear_data(4000)
+    mean, std = model.predict(data[0], data[1])
+    assert mean.shape == std.shape == (5, 4000, 3)
+    assert ((mean.mean(0) - truth).square().mean(0).sqrt() < 0.25 * NOISE).all()
+    torch.testing.assert_close(std.mean((0, 1)), NOISE, rtol=0.1, atol=0)
+    seen = torch.cat([data[2], data[3]], -1)
+    inside = ((seen - mean).abs() < 1.645 * std).float().mean((0, 1))
+    assert ((inside > 0.85) & (inside < 0.95)).all()
+    target_std = torch.cat([data[2] - data[0], data[3]], -1).std(0)
+    assert result["holdout_mse"] == pytest.approx((NOISE / target_std).square().mean().item(), rel=0.2)
+    nll = 0.5 * (1 + 2 * (NOISE / target_std).log()).mean().item()
+    assert result["holdout_nll"] == pytest.approx(nll, abs=0.1)
+    next_obs, features, u = model.step(data[0][:50], data[1][:50])
+    torch.testing.assert_close(torch.cat([next_obs, features], -1), mean.mean(0)[:50])
+    torch.testing.assert_close(u, model.uncertainty(data[0][:50], data[1][:50]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uncertainty_formula(fitted, kind):
+    """From the members' own predictions, by hand, in units of the training targets' standard deviation."""
+    data, _, state = fitted
+    model = fill(small(uncertainty_kind=kind), state)
+    obs, action = 3 * data[0][:64], data[1][:64]
+    mean, std = model.predict(obs, action)
+    target_std = torch.cat([data[2] - data[0], data[3]], -1).std(0)  # nearly the training split's
+    gap = (mean - mean.mean(0)) / target_std
+    expected = {"std": gap.square().mean(0).sum(-1).sqrt() / math.sqrt(3),
+                "variance": gap.square().mean(0).mean(-1),
+                "max-distance": gap.square().sum(-1).sqrt().max(0).values / math.sqrt(3),
+                "aleatoric": (std / target_std).square().sum(-1).sqrt().max(0).values / math.sqrt(3)}[kind]
+    torch.testing.assert_close(model.uncertainty(obs, action), expected, rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "aleatoric"])
+def test_epistemic_uncertainty_grows_away_from_the_data(fitted, kind):
+    data, _, state = fitted
+    model = fill(small(uncertainty_kind=kind), state)
+    u = [model.uncertainty(scale * data[0][:500], data[1][:500]).mean().item() for scale in (1, 3, 6, 12)]
+    assert all(far > 2 * near for near, far in zip(u, u[1:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_of_members_does_not_matter(fitted, kind):
+    data, _, state = fitted
+    order = torch.tensor([3, 0, 4, 1, 2])
+    mixed = {key: value[order] if key.startswith(("weights", "biases")) else value for key, value in state.items()}
+    a, b = (fill(small(uncertainty_kind=kind), s).step(data[0][:64], data[1][:64]) for s in (state, mixed))
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constant_dimensions_are_exact_and_harmless(kind):
+    """A constant observation (a goal) and feature: predicted exactly, and no part of u."""
+    (obs, action, next_obs, features), _ = linear_data(600)
+    goal = torch.full((600, 1), 1234.567)
+    model = WorldModel(3, 1, 2, hidden=32, layers=2, uncertainty_kind=kind)
+    result = model.fit(torch.cat([obs, goal], -1), action, torch.cat([next_obs, goal], -1),
+                       torch.cat([features, torch.full((600, 1), -0.7)], -1), max_epochs=25)
+    assert result["holdout_mse"] < 0.5
+    query = torch.cat([3 * obs[:50], goal[:50]], -1), action[:50]
+    mean, std = model.predict(*query)
+    torch.testing.assert_close(mean[..., 2], torch.full((5, 50), 1234.567), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean[..., 4], torch.full((5, 50), -0.7), rtol=1e-5, atol=0)
+    assert (std[..., [2, 4]] == 0).all()
+    step_obs, step_features, u = model.step(*query)
+    torch.testing.assert_close(step_obs[:, 2], goal[:50, 0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(step_features[:, 1], torch.full((50,), -0.7), rtol=1e-5, atol=0)
+    moving = [0, 1, 3]
+    gap = (mean - mean.mean(0))[..., moving] / model.target_std[moving]
+    expected = {"std": gap.square().mean(0).mean(-1).sqrt(), "variance": gap.square().mean(0).mean(-1),
+                "max-distance": gap.square().mean(-1).sqrt().max(0).values,
+                "aleatoric": (std[..., moving] / model.target_std[moving]).square().mean(-1).sqrt().max(0).values}[kind]
+    torch.testing.assert_close(u, expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("wild", [1e6, -1e6, math.inf, -math.inf, math.nan])
+def test_step_stays_in_range(fitted, wild, margin):
+    """Wherever it starts from, and for any action, a step ends within the margin of the data's range."""
+    data, _, state = fitted
+    model = small(margin=margin)
+    model.fit(*(x[:200] for x in data), max_epochs=1)
+    seen = torch.cat([data[0][:200], data[2][:200]])
+    low, high = seen.amin(0), seen.amax(0)
+    slack = margin * (high - low) + 1e-5
+    for obs, action in ((torch.tensor([[wild, 0.0], [wild, wild]]), torch.zeros(2, 1)),
+                        (torch.zeros(2, 2), torch.tensor([[wild], [-wild]]))):
+        next_obs, features, u = model.step(obs, action)
+        assert ((next_obs >= low - slack) & (next_obs <= high + slack)).all()
+        if math.isfinite(wild):
+            assert features.isfinite().all() and u.isfinite().all()
+        else:  # what comes of an input that is not finite must never pass for trusted
+            assert not (u <= 1e6).any()
+
+
+def test_range_covers_where_episodes_end():
+    """The last state of an episode is a next_obs only; a step must be able to reach it, or nothing ever terminates."""
+    obs, action = torch.rand(500, 1), torch.zeros(500, 1)
+    model = WorldModel(1, 1, members=2, hidden=16, layers=1)
+    model.fit(obs, action, obs - 2.0, torch.zeros(500, 0), max_epochs=2)
+    torch.testing.assert_close(model.step(obs[:9], action[:9])[0], obs[:9] - 2.0, rtol=0, atol=0.05)
+
+
+def test_bootstraps_and_holdout():
+    """Each member trains on a bootstrap of its own, the same every epoch; on the holdout no member does."""
+    (_, action, next_obs, features), _ = linear_data(400)
+    mark = torch.arange(400.0)
+    obs = torch.stack([mark, torch.randn(400)], -1)
+    model, batches = small(members=3), []
+    model.register_forward_pre_hook(
+        lambda _, args: batches.append(args[0][..., 0]) if args[0].dim() == 3 else None)
+    model.fit(obs, action, next_obs, features, max_epochs=2, batch_size=100, holdout=0.25)
+    first, second = (torch.cat(half, 1).sort(1).values for half in (batches[:3], batches[3:]))
+    assert first.shape == (3, 300) and torch.equal(first, second)
+    uniques = [set(rows.tolist()) for rows in first]
+    assert all(0.55 < len(rows) / 300 < 0.71 for rows in uniques)  # 1 - 1/e of the split
+    assert uniques[0] != uniques[1] != uniques[2]
+    assert 265 < len(set.union(*uniques)) <= 300  # (1 - 1/e^3) of the 300 rows of the split
+
+
+def test_each_member_keeps_its_own_best():
+    """The errors that the fit saw after each epoch, against the error of the weights it kept."""
+    (data, _), model, errors = linear_data(200), small(), []
+    measure = model._holdout_mse
+    model._holdout_mse = lambda *args: (errors.append(measure(*args)), setattr(model, "held", args))[0] or errors[-1]
+    model.fit(*data, lr=0.05, max_epochs=12, patience=12)  # a rate at which the error goes up and down
+    errors = torch.stack(errors)
+    assert len(errors.argmin(0).unique()) > 1  # the members are best at different epochs
+    torch.testing.assert_close(measure(*model.held), errors.amin(0), rtol=1e-4, atol=1e-6)
+
+
+def test_fit_stops_early_and_refits_from_where_it_was(fitted):
+    data, result, state = fitted
+    assert result["epochs"] < 60
+    other = [x[9000:] for x in data]  # normalisation moves a little too
+    cold = small().fit(*other, max_epochs=1)["holdout_mse"]
+    assert fill(small(), state).fit(*other, max_epochs=1)["holdout_mse"] < 0.7 * cold
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("column", range(4))
+def test_data_that_is_not_finite(column, bad):
+    data, _ = linear_data(100)
+    data[column][17, 0] = bad
+    with pytest.raises(FloatingPointError, match="not finite"):
+        small().fit(*data, max_epochs=3)
+
+
+def test_too_few_rows_and_unknown_kind():
+    with pytest.raises(ValueError, match="9 transitions are too few"):
+        small().fit(*linear_data(9)[0])
+    assert small().fit(*linear_data(10)[0], max_epochs=1)["epochs"] == 1
+    with pytest.raises(ValueError, match="max-distance"):
+        small(uncertainty_kind="entropy")
+
+
+def test_state_dict_is_the_whole_model(fitted):
+    """Identical predictions, steps and uncertainty: the normaliser and the range are in it."""
+    data, _, state = fitted
+    model, twin = fill(small(), state), fill(small(), state)
+    for method in ("predict", "step"):
+        for x, y in zip(getattr(model, method)(9 * data[0], data[1]), getattr(twin, method)(9 * data[0], data[1])):
+            assert torch.equal(x, y)
+    keys = {"input_mean", "input_std", "target_mean", "target_std", "obs_low", "obs_high"}
+    assert keys <= set(state) and all(state[key].isfinite().all() and state[key].ne(0).all() for key in keys)
