@@ -13,6 +13,7 @@ import inspect
 import warnings
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 
@@ -184,9 +185,7 @@ class TaskEnv:
             raise ValueError(f"{env_id} has no source quantity {', '.join(sorted(unknown))}")
         self.task = task_class(name, int(version), source, **given)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # v4 is old, and is what published numbers are for
-                self.env = gym.make(env_id, render_mode=render_mode, **self.task.env_kwargs)
+            self.env = self._make(env_id, render_mode=render_mode, **self.task.env_kwargs)
         except (gym.error.Error, ImportError) as error:
             raise ValueError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
         space = self.env.action_space
@@ -197,6 +196,19 @@ class TaskEnv:
         self.obs_dim, self.action_dim = self.env.observation_space.shape[0], space.shape[0]
         self.n_features, self.max_steps = len(self.task.FEATURES), self.env.spec.max_episode_steps
         self.seed(seed)
+
+    @staticmethod
+    def _make(env_id, **kwargs):
+        """gym.make without the warnings that v4 is old (it is what published numbers are for) and that Gymnasium's
+        model files use an attribute MuJoCo will drop."""
+        before = mujoco.get_mju_user_warning()
+        mujoco.set_mju_user_warning(lambda message: None)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return gym.make(env_id, **kwargs)
+        finally:
+            mujoco.set_mju_user_warning(before)
 
     def seed(self, seed):
         """Starts the generator of initial states anew: the next resets are those that `seed` always gives."""
@@ -243,3 +255,44 @@ class TaskEnv:
 
     def close(self):
         self.env.close()
+
+
+EVALUATION_SEED = 1_000_000  # evaluation episode i starts from seed EVALUATION_SEED + i, in every run
+
+
+def evaluate(act, envs, frames=None):
+    """One episode in each environment, in lockstep: undiscounted returns and lengths, (n,) each.
+
+    act: obs (m, d) array -> action (m, A) tensor. frames: a list that takes the first episode's pictures.
+    """
+    for i, env in enumerate(envs):
+        env.seed(EVALUATION_SEED + i)
+        env.reset()
+    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
+    while running:
+        actions = act(np.stack([envs[i].obs for i in running])).cpu().numpy()
+        for i, action in zip(list(running), actions):
+            _, reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            lengths[i] += 1
+            if frames is not None and i == 0:
+                frames.append(envs[0].env.render())
+            if terminated or truncated:
+                running.remove(i)
+    return returns, lengths
+
+
+def lockstep(envs, uncertainty):
+    """A step function like a world model's, (obs (n, d), action (n, A)) -> next_obs, features, u, over n real
+    environments that have been reset; one whose episode is over stands still. uncertainty: (obs, action) -> u (n,)."""
+    over, features = [False] * len(envs), np.zeros((len(envs), envs[0].n_features), dtype=np.float32)
+
+    def step(obs, action):
+        for i, env in enumerate(envs):
+            if not over[i]:
+                _, _, terminated, truncated, features[i] = env.step(action[i].cpu())
+                over[i] = terminated or truncated
+        next_obs = torch.as_tensor(np.stack([env.obs for env in envs]), device=obs.device)
+        return next_obs, torch.as_tensor(features.copy(), device=obs.device), uncertainty(obs, action)
+
+    return step

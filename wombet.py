@@ -33,10 +33,9 @@ import torch
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
 from filter import MODES, accept, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from tasks import TaskEnv
+from tasks import TaskEnv, evaluate, lockstep
 from world_model import WorldModel
 
-EVALUATION_SEED = 1_000_000  # evaluation episode i starts from EVALUATION_SEED + i, in every run
 COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
            "alpha", "td_error", "q_mean", "temperature", "prior_size", "acceptance", "model_holdout_mse")
 
@@ -162,6 +161,11 @@ def build_parser():
 def parse_args(argv=None):
     """The flags; of a resumed run its own, where argv does not give them anew. Bad ones raise ValueError."""
     parser = build_parser()
+
+    def error(message):  # argparse's own prints the usage, two pages of it
+        raise ValueError(message)
+
+    parser.error = error
     args = parser.parse_args(argv)
     if args.resume:
         parser.set_defaults(**read_config(args.resume)["flags"])
@@ -336,7 +340,7 @@ def build(args, run_dir):
                     backup_entropy=args.backup_entropy, actor_q=args.actor_q, penalty_coef=args.target_penalty_coef,
                     device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
-                               buffer=new_buffer(env, steps, args.device), planned=False)
+                               buffer=ReplayBuffer(steps, args.device, **shapes(env)), planned=False)
 
     run.target = side(None, args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
@@ -344,21 +348,24 @@ def build(args, run_dir):
     run.prior = run.source = run.model = None
     env = run.target.env
     if args.offline_data:
-        run.prior, run.phase = read_dataset(args.offline_data, env, args.device), "pretrain"
+        run.prior = ReplayBuffer.load(args.offline_data, args.device, **shapes(env))
+        run.phase = "pretrain"
     elif args.prior:
         run.source = side(args.source, args.source_steps, 1)
         run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
                                hidden=args.model_hidden, layers=args.model_layers,
                                uncertainty_kind=args.uncertainty).to(args.device)
         rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
-        run.prior = new_buffer(env, rounds * args.imagined_trajectories * args.imagined_length, args.device)
+        size = rounds * args.imagined_trajectories * args.imagined_length
+        run.prior = ReplayBuffer(size, args.device, **shapes(env))
         run.explorer = planner(run, args.collect_penalty_coef)
     return run
 
 
-def new_buffer(env, capacity, device):
-    return ReplayBuffer(capacity, device, obs=(env.obs_dim,), action=(env.action_dim,), reward=(),
-                        next_obs=(env.obs_dim,), terminated=(), timeout=(), features=(env.n_features,), uncertainty=())
+def shapes(env):
+    """What a buffer keeps of a transition."""
+    return {"obs": (env.obs_dim,), "action": (env.action_dim,), "reward": (), "next_obs": (env.obs_dim,),
+            "terminated": (), "timeout": (), "features": (env.n_features,), "uncertainty": ()}
 
 
 def planner(run, penalty_coef):
@@ -440,72 +447,7 @@ def reuse_source(run, source_run):
     run.log.rows = list(state["rows"])
 
 
-# D4RL's names for what a buffer holds; uncertainty and features are optional in a file
-DATASET_KEYS = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations",
-                "terminated": "terminals", "timeout": "timeouts", "uncertainty": "uncertainty", "features": "features"}
-
-
-def write_dataset(path, buffer):
-    temporary = path.with_name("writing_" + path.name)
-    flags = ("terminated", "timeout")
-    np.savez_compressed(temporary, **{DATASET_KEYS[key]: values.cpu().numpy().astype(bool if key in flags else np.float32)
-                                      for key, values in buffer.filled().items()})
-    os.replace(temporary, path)
-
-
-def read_dataset(path, env, device):
-    """D_S from an .npz file; ValueError where it is missing, foreign or of another environment's sizes."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[name] for key, name in DATASET_KEYS.items() if name in file}
-    except FileNotFoundError:
-        raise ValueError(f"--offline-data {path} does not exist") from None
-    except Exception as error:
-        raise ValueError(f"--offline-data {path} is no .npz file, or is cut short: {error}") from None
-    missing = [DATASET_KEYS[key] for key in ("obs", "action", "reward", "next_obs", "terminated") if key not in arrays]
-    if missing:
-        raise ValueError(f"--offline-data {path} lacks {', '.join(missing)} (D4RL's names)")
-    n = len(arrays["obs"])
-    buffer = new_buffer(env, max(n, 1), device)
-    for key, values in buffer.data.items():
-        arrays.setdefault(key, np.zeros(values.shape, dtype=np.float32))
-        expected = (n, *values.shape[1:])
-        if arrays[key].shape != expected and key != "features":
-            raise ValueError(f"--offline-data {path}: {DATASET_KEYS[key]} is {arrays[key].shape}, {env.env_id} needs "
-                             f"{expected}")
-        if not np.isfinite(arrays[key].astype(np.float64)).all():
-            raise ValueError(f"--offline-data {path}: {DATASET_KEYS[key]} holds a value that is not finite")
-    if n == 0:
-        raise ValueError(f"--offline-data {path} holds no transition")
-    if arrays["features"].shape != (n, env.n_features):
-        arrays["features"] = np.zeros((n, env.n_features), dtype=np.float32)
-    buffer.add(**arrays)
-    return buffer
-
-
 # --------------------------------------------------------------------------------------------------------------- phases
-
-
-def evaluate(act, envs, frames=None):
-    """One episode in each environment, in lockstep: undiscounted returns and lengths, (n,) each.
-
-    Episode i always starts alike, whatever the run. frames: a list that takes the first episode's pictures.
-    """
-    for i, env in enumerate(envs):
-        env.seed(EVALUATION_SEED + i)
-        env.reset()
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
-    while running:
-        actions = act(np.stack([envs[i].obs for i in running])).cpu().numpy()
-        for i, action in zip(list(running), actions):
-            _, reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if frames is not None and i == 0:
-                frames.append(envs[0].env.render())
-            if terminated or truncated:
-                running.remove(i)
-    return returns, lengths
 
 
 def report(run, name, info):
@@ -637,8 +579,13 @@ def generate(run):
         start = torch.cat([resets, source.buffer.sample(n - n_reset)["obs"]])
         step = model.step
     else:
-        step, start = real_steps(run, n)
+        # real steps, n environments at once; they count as source steps
+        envs = [source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
+        start = torch.as_tensor(np.stack([env.reset() for env in envs]), device=device)
+        step = lockstep(envs, model.uncertainty)
     trajectories = imagine(step, source.env.task.terminated, act, start, length, limit)
+    if args.generate_in == "env":
+        source.step += int(trajectories["valid"].sum())
     keys = ("obs", "action", "next_obs", "features")
     rewards = source.env.task.reward(*(trajectories[key] for key in keys))
     returns, mean_u = score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"],
@@ -660,35 +607,10 @@ def generate(run):
     data = run.prior.filled()
     for rows in torch.arange(run.prior.size, device=device).split(8192):
         data["uncertainty"][rows] = model.uncertainty(data["obs"][rows], data["action"][rows])
-    write_dataset(run.dir / "dataset.npz", run.prior)
+    run.prior.save(run.dir / "dataset.npz")
     run.log.note(f"D_S     {run.acceptance:.0%} of {n} trajectories pass (J >= {run.thresholds[0]:.4g}, u <= "
                  f"{run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.prior.size:,} transitions, {time.time() - began:.0f} s")
-
-
-def real_steps(run, n):
-    """`--generate-in env`: a step function over n real source environments, and their initial states (n, d).
-
-    Its steps are the environment's, and count as source steps."""
-    device = run.args.device
-    envs = [run.source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
-    start = torch.as_tensor(np.stack([env.reset() for env in envs]), device=device)
-    done = np.zeros(n, dtype=bool)
-
-    def step(obs, action):
-        next_obs, features = [], []
-        for i, env in enumerate(envs):
-            if not done[i]:
-                run.source.step += 1
-                _, _, terminated, truncated, feature = env.step(action[i].cpu().numpy())
-                done[i] = terminated or truncated
-                env.features = feature
-            next_obs.append(env.obs)
-            features.append(env.features)
-        tensor = lambda rows: torch.as_tensor(np.stack(rows), device=device)
-        return tensor(next_obs), tensor(features), run.model.uncertainty(obs, action)
-
-    return step, start
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
