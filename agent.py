@@ -95,7 +95,7 @@ class ReplayBuffer:
 
     def load_state_dict(self, state):
         self.size = len(next(iter(state["rows"].values())))
-        self.position = state["position"]
+        self.position = state["position"] or self.size % self.capacity  # a full buffer may go on in a larger one
         for key, values in state["rows"].items():
             self.data[key][: self.size] = values
 

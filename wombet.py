@@ -43,6 +43,24 @@ COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "retur
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
+def number(kind, low, high, words):
+    """An argparse type: a number of a kind (int or float) within [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is not {words}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+    return parse
+
+
+count, amount = number(int, 1, math.inf, "a whole number above zero"), number(int, 0, math.inf, "a whole number from zero")
+positive, nonnegative = number(float, 1e-12, math.inf, "a number above zero"), number(float, 0, math.inf, "a number from zero")
+share, percent = number(float, 0, 1, "a number in [0, 1]"), number(float, 0, 100, "a number in [0, 100]")
+
+
 def build_parser():
     parser = argparse.ArgumentParser(
         description="World Model-based Experience Transfer: learn in a source task, imagine reliable experience with "
@@ -55,105 +73,105 @@ def build_parser():
     g.add_argument("--source", default="near", help="source task: near, or (locomotion) backward or stand")
     g.add_argument("--source-speed-cap", type=float, help="speed beyond which the near source pays no more, m/s "
                    "(default: 3 HalfCheetah, 1 other runners, none Swimmer)")
-    g.add_argument("--source-ctrl-cost-factor", type=float, help="source control cost over the stock one (default: "
+    g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost over the stock one (default: "
                    "100 Swimmer, 1 others)")
     g.add_argument("--source-goal-shift", type=float, help="distance of the source's goal, m (default: 0.15 Pusher, "
                    "0.05 Reacher)")
-    g.add_argument("--source-reset-noise-factor", type=float, help="source reset noise over the stock one (default: 2)")
+    g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise over the stock one (default: 2)")
 
     g = parser.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0, help="of networks, exploration and initial states")
+    g.add_argument("--seed", type=amount, default=0, help="of networks, exploration and initial states")
     g.add_argument("--name", default="wombet", help="second part of the run folder's name; plots group by it")
     g.add_argument("--out", default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
-    g.add_argument("--threads", type=int, default=1, help="CPU threads of the tensor library")
-    g.add_argument("--checkpoint-every", type=int, default=5000, help="environment steps between checkpoints")
+    g.add_argument("--threads", type=count, default=1, help="CPU threads of the tensor library")
+    g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
     g.add_argument("--resume", metavar="RUN_DIR", help="continue that run, with its flags unless given anew here")
     g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
     g.add_argument("--evaluate", metavar="RUN_DIR", help="only play that run's policy, and print its return")
     g.add_argument("--gif", metavar="FILE", help="with --evaluate: draw the first episode")
 
     g = parser.add_argument_group("budget")
-    g.add_argument("--source-steps", type=int, default=20_000, help="environment steps in the source task")
-    g.add_argument("--target-steps", type=int, default=25_000, help="environment steps in the target task")
-    g.add_argument("--eval-every", type=int, default=2500, help="environment steps between evaluations")
-    g.add_argument("--eval-episodes", type=int, default=10, help="episodes in an evaluation (deterministic policy)")
+    g.add_argument("--source-steps", type=count, default=20_000, help="environment steps in the source task")
+    g.add_argument("--target-steps", type=count, default=25_000, help="environment steps in the target task")
+    g.add_argument("--eval-every", type=count, default=2500, help="environment steps between evaluations")
+    g.add_argument("--eval-episodes", type=count, default=10, help="episodes in an evaluation (deterministic policy)")
 
     g = parser.add_argument_group("world model (section 4.1)")
-    g.add_argument("--members", type=int, default=5, help="ensemble members E")
-    g.add_argument("--model-hidden", type=int, default=200, help="width of a hidden layer")
-    g.add_argument("--model-layers", type=int, default=3, help="hidden layers")
-    g.add_argument("--model-lr", type=float, default=1e-3, help="learning rate")
-    g.add_argument("--model-batch-size", type=int, default=256, help="transitions per member in a gradient step")
-    g.add_argument("--model-epochs", type=int, default=60, help="most epochs of the first fit")
-    g.add_argument("--refit-epochs", type=int, default=10, help="most epochs of a later, warm-started fit")
+    g.add_argument("--members", type=count, default=5, help="ensemble members E")
+    g.add_argument("--model-hidden", type=count, default=200, help="width of a hidden layer")
+    g.add_argument("--model-layers", type=count, default=3, help="hidden layers")
+    g.add_argument("--model-lr", type=positive, default=1e-3, help="learning rate")
+    g.add_argument("--model-batch-size", type=count, default=256, help="transitions per member in a gradient step")
+    g.add_argument("--model-epochs", type=count, default=60, help="most epochs of the first fit")
+    g.add_argument("--refit-epochs", type=count, default=10, help="most epochs of a later, warm-started fit")
     g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a): see "
                    "WorldModel.uncertainty")
 
     g = parser.add_argument_group("source exploration")
     g.add_argument("--explore", default="policy", choices=("policy", "mpc", "mix"), help="who collects source data: "
                    "the source agent, MPC, or in turn (every --mpc-every-th episode MPC)")
-    g.add_argument("--mpc-every", type=int, default=4, help="with --explore mix: one episode in so many is MPC's")
-    g.add_argument("--explore-refit-every", type=int, default=2500, help="source steps between fits for MPC episodes")
+    g.add_argument("--mpc-every", type=count, default=4, help="with --explore mix: one episode in so many is MPC's")
+    g.add_argument("--explore-refit-every", type=count, default=2500, help="source steps between fits for MPC episodes")
 
     g = parser.add_argument_group("planning (section 4.2, eqs. 1 to 5)")
-    g.add_argument("--horizon", type=int, default=5, help="H, steps planned ahead")
-    g.add_argument("--population", type=int, default=32, help="candidates drawn in a CEM iteration")
-    g.add_argument("--elites", type=int, default=8, help="candidates that refit the distribution")
-    g.add_argument("--iterations", type=int, default=1, help="CEM iterations, after the policy's proposals with --guide")
-    g.add_argument("--momentum", type=float, default=0.1, help="share of the old mean and std kept by a refit")
-    g.add_argument("--init-std", type=float, default=0.3, help="std of the first iteration, actions in [-1, 1]")
-    g.add_argument("--noise-beta", type=float, default=0.25, help="colour of the candidates' noise; 0 is white")
-    g.add_argument("--keep-elites", type=float, default=0.3, help="share of elites kept as candidates")
+    g.add_argument("--horizon", type=count, default=5, help="H, steps planned ahead")
+    g.add_argument("--population", type=count, default=32, help="candidates drawn in a CEM iteration")
+    g.add_argument("--elites", type=count, default=8, help="candidates that refit the distribution")
+    g.add_argument("--iterations", type=count, default=1, help="CEM iterations, after the policy's proposals with --guide")
+    g.add_argument("--momentum", type=share, default=0.1, help="share of the old mean and std kept by a refit")
+    g.add_argument("--init-std", type=positive, default=0.3, help="std of the first iteration, actions in [-1, 1]")
+    g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
+    g.add_argument("--keep-elites", type=share, default=0.3, help="share of elites kept as candidates")
     g.add_argument("--execute", default="mean", choices=("mean", "best"), help="plan executed: elites' mean or best")
-    g.add_argument("--replan-every", type=int, default=1, help="steps of a plan executed before the next")
+    g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
     g.add_argument("--guide", **switch, default=True, help="candidates from the source policy, value at the horizon")
-    g.add_argument("--policy-samples", type=int, default=16, help="candidates from the policy, with --guide")
-    g.add_argument("--collect-penalty-coef", type=float, default=0.0, help="lambda while collecting source data")
-    g.add_argument("--plan-penalty-coef", type=float, default=20.0, help="lambda while generating D_S, reward per u")
+    g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
+    g.add_argument("--collect-penalty-coef", type=nonnegative, default=0.0, help="lambda while collecting source data")
+    g.add_argument("--plan-penalty-coef", type=nonnegative, default=20.0, help="lambda while generating D_S, reward per u")
 
     g = parser.add_argument_group("generating and filtering D_S (section 4.3, eq. 6)")
     g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
-    g.add_argument("--imagined-trajectories", type=int, default=64, help="trajectories per round")
-    g.add_argument("--imagined-length", type=int, default=200, help="their length, steps")
-    g.add_argument("--reset-share", type=float, default=0.5, help="share that starts from resets; the others start "
+    g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories per round")
+    g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
+    g.add_argument("--reset-share", type=share, default=0.5, help="share that starts from resets; the others start "
                    "from states of the source data")
-    g.add_argument("--trust-percentile", type=float, default=95.0, help="a trajectory is cut where u exceeds this "
+    g.add_argument("--trust-percentile", type=percent, default=95.0, help="a trajectory is cut where u exceeds this "
                    "percentile of u over the source data; 0: never")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
-    g.add_argument("--return-percentile", type=float, default=50.0, help="of the first round, becomes J_th")
-    g.add_argument("--u-percentile", type=float, default=75.0, help="of the first round, becomes u_th")
+    g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
+    g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
     g.add_argument("--return-threshold", type=float, help="J_th itself, discounted source return")
     g.add_argument("--u-threshold", type=float, help="u_th itself")
 
     g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
-    g.add_argument("--critics", type=int, default=2, help="N, critics in the ensemble")
-    g.add_argument("--min-critics", type=int, default=2, help="M, size of the random subset under the target's min")
+    g.add_argument("--critics", type=count, default=2, help="N, critics in the ensemble")
+    g.add_argument("--min-critics", type=count, default=2, help="M, size of the random subset under the target's min")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
-    g.add_argument("--utd", type=int, default=4, help="critic updates per environment step")
-    g.add_argument("--batch-size", type=int, default=128, help="transitions per critic update")
-    g.add_argument("--hidden", type=int, default=256, help="width of the two hidden layers")
+    g.add_argument("--utd", type=count, default=4, help="critic updates per environment step")
+    g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
+    g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **switch, default=True, help="LayerNorm in the critics (eq. 8)")
-    g.add_argument("--lr", type=float, default=3e-4, help="learning rate of actor, critics and temperature")
-    g.add_argument("--discount", type=float, default=0.99, help="gamma, also of planning and of J in eq. 6")
-    g.add_argument("--polyak", type=float, default=0.005, help="rate of the target networks")
-    g.add_argument("--init-temperature", type=float, default=0.1, help="of SAC's entropy term")
+    g.add_argument("--lr", type=positive, default=3e-4, help="learning rate of actor, critics and temperature")
+    g.add_argument("--discount", type=share, default=0.99, help="gamma, also of planning and of J in eq. 6")
+    g.add_argument("--polyak", type=share, default=0.005, help="rate of the target networks")
+    g.add_argument("--init-temperature", type=positive, default=0.1, help="of SAC's entropy term")
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **switch, default=True, help="entropy term in the critics' target")
-    g.add_argument("--target-penalty-coef", type=float, default=1.0, help="lambda of eq. 7, on D_S samples")
-    g.add_argument("--random-steps", type=int, default=1000, help="uniform actions before learning without D_S")
+    g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
+    g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--prior", **switch, default=True, help="learn from D_S; --no-prior: from scratch")
     g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, instead of phases 1 and 2")
-    g.add_argument("--pretrain-updates", type=int, default=0, help="critic updates on D_S before the first target step")
+    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates on D_S before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
-    g.add_argument("--alpha", type=float, default=0.5, help="the share with --alpha-rule fixed")
-    g.add_argument("--alpha-gain", type=float, default=0.3, help="alpha = clip(gain * |TD error|, min, max)")
-    g.add_argument("--alpha-min", type=float, default=0.05, help="lower end of alpha")
-    g.add_argument("--alpha-max", type=float, default=0.5, help="upper end of alpha")
-    g.add_argument("--alpha-ema", type=float, default=0.005, help="rate of the |TD error|'s running mean, per step")
-    g.add_argument("--refit-every", type=int, default=10_000, help="target steps between rounds; 0: one round only")
+    g.add_argument("--alpha", type=share, default=0.5, help="the share with --alpha-rule fixed")
+    g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * |TD error|, min, max)")
+    g.add_argument("--alpha-min", type=share, default=0.05, help="lower end of alpha")
+    g.add_argument("--alpha-max", type=share, default=0.5, help="upper end of alpha")
+    g.add_argument("--alpha-ema", type=share, default=0.005, help="rate of the |TD error|'s running mean, per step")
+    g.add_argument("--refit-every", type=amount, default=10_000, help="target steps between rounds; 0: one round only")
     g.add_argument("--refit-on-imagined", **switch, default=False, help="refit the model on D_S too")
     return parser
 
@@ -177,24 +195,11 @@ def parse_args(argv=None):
 
 
 def check_args(args):
+    """ValueError where flags contradict each other or the machine."""
     def need(ok, message):
         if not ok:
             raise ValueError(message)
 
-    for name in ("threads", "checkpoint_every", "target_steps", "eval_every", "eval_episodes", "members",
-                 "model_hidden", "model_layers", "model_batch_size", "model_epochs", "refit_epochs", "mpc_every",
-                 "explore_refit_every", "horizon", "population", "elites", "iterations", "replan_every",
-                 "imagined_trajectories", "imagined_length", "critics", "min_critics", "utd", "batch_size", "hidden",
-                 "source_steps", "lr", "model_lr", "init_temperature", "init_std", "policy_samples"):
-        need(getattr(args, name) > 0, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above zero")
-    for name in ("random_steps", "refit_every", "pretrain_updates", "collect_penalty_coef", "plan_penalty_coef",
-                 "target_penalty_coef", "noise_beta", "alpha_gain", "seed"):
-        need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
-    for name in ("alpha", "alpha_min", "alpha_max", "alpha_ema", "discount", "polyak", "momentum", "keep_elites",
-                 "reset_share"):
-        need(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must lie in [0, 1]")
-    for name in ("trust_percentile", "return_percentile", "u_percentile"):
-        need(0 <= getattr(args, name) <= 100, f"--{name.replace('_', '-')} is {getattr(args, name)}: it must lie in [0, 100]")
     need(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
     need(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
     need(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
@@ -284,8 +289,8 @@ class Log:
             return
         self.shown = time.time()
         rate = (step - self.pace[1]) / max(self.shown - self.pace[0], 1e-9)
-        left = (steps - step) / rate if rate > 0 else 0.0
-        line = f"{phase:<6} {step:>7,}/{steps:,}  {rate:5.0f} steps/s  {left // 60:3.0f}:{left % 60:02.0f} left  {text}"
+        minutes, seconds = divmod(int((steps - step) / max(rate, 1e-9)), 60)
+        line = f"{phase:<6} {step:>7,}/{steps:,}  {rate:5.0f} steps/s  {minutes:3}:{seconds:02} left  {text}"
         print(("\r\033[K" if terminal else "") + line, end="" if terminal and not force else "\n", flush=True)
 
     def note(self, text):
@@ -423,8 +428,12 @@ def load_state_dict(run, state):
             run.prior.load_state_dict(state["prior"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"the checkpoint does not fit these flags: {str(error).splitlines()[0]}") from None
-    run.mix.td_error, run.log.rows = state["td_error"], state["rows"]
-    run.log.start = time.time() - state["wall_clock"]
+    run.mix.td_error = state["td_error"]
+    load_log_and_generators(run, state)
+
+
+def load_log_and_generators(run, state):
+    run.log.rows, run.log.start = list(state["rows"]), time.time() - state["wall_clock"]
     run.rng.bit_generator.state = state["numpy_rng"]
     torch.set_rng_state(state["torch_rng"].cpu())
     if "cuda_rng" in state and torch.cuda.is_available():
@@ -432,19 +441,19 @@ def load_state_dict(run, state):
 
 
 def reuse_source(run, source_run):
-    """The source phase of another run: its agent, its data and its world model."""
+    """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
+    the same seed and flags goes on as that one did."""
     flags, ours = read_config(source_run)["flags"], vars(run.args)
-    differ = [key for key in ours if ours[key] != flags.get(key) and (
-        key in ("env", "source_steps", "critics", "hidden", "layer_norm", "members", "model_hidden", "model_layers")
-        or key == "source" or (key.startswith("source_") and key != "source_run"))]
+    shared = ["env", "source", "seed", "critics", "hidden", "layer_norm", "members", "model_hidden", "model_layers"]
+    shared += [key for key in ours if key.startswith("source_") and key != "source_run"]
+    differ = [f"--{key.replace('_', '-')} {flags.get(key)}" for key in shared if ours[key] != flags.get(key)]
     if differ:
-        raise ValueError(f"--source-run {source_run} has other flags: " + ", ".join(
-            f"--{key.replace('_', '-')} {flags.get(key)}" for key in differ))
+        raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
     state = load(Path(source_run) / "source.pt", run.args.device)
     load_side(run.source, state["source"])
     run.model.load_state_dict(state["model"])
     run.holdout_mse, run.phase = state["holdout_mse"], "generate"
-    run.log.rows = list(state["rows"])
+    load_log_and_generators(run, state)
 
 
 # --------------------------------------------------------------------------------------------------------------- phases
@@ -530,12 +539,12 @@ def start_episode(run, name):
         run.explorer.reset()
 
 
-def update(run, side, prior, updates=None):
+def update(run, side, prior):
     """UTD critic updates and one actor update on a batch of the mix; stops the run when the loss is not finite."""
     args = run.args
-    batch, n_prior = mixed_batch(prior, side.buffer, run.mix.alpha, args.batch_size, updates or args.utd)
+    batch, n_prior = mixed_batch(prior, side.buffer, run.mix.alpha, args.batch_size, args.utd)
     info = side.agent.update(batch, n_prior)
-    side.updates += updates or args.utd
+    side.updates += args.utd
     if not math.isfinite(info["critic_loss"] + info["actor_loss"]):
         save(run.dir / "nonfinite.pt", state_dict(run))
         raise FloatingPointError(f"the loss is not finite after {side.updates} updates; the state is in "
@@ -555,6 +564,9 @@ def fit(run, epochs):
     began = time.time()
     result = run.model.fit(**columns, lr=args.model_lr, batch_size=args.model_batch_size, max_epochs=epochs)
     run.holdout_mse = result["holdout_mse"]
+    held = {key: values[result["holdout"]] for key, values in columns.items()}
+    pairs = torch.stack([run.model.uncertainty(held["obs"], held["action"]), run.model.error(**held)], 1)
+    np.savetxt(run.dir / "model_error.csv", pairs.cpu().numpy(), "%.5g", ",", header="u,error", comments="")
     run.log.note(f"model   fit on {len(columns['obs']):,} transitions: {result['epochs']} epochs, holdout MSE "
                  f"{run.holdout_mse:.4f} of the variance, {time.time() - began:.0f} s")
 
@@ -629,6 +641,8 @@ def train(args):
     if state is not None:
         load_state_dict(run, state)
         run.log.write()  # without the rows that came after the checkpoint
+        if run.phase == "done" and run.target.step < args.target_steps:
+            run.phase = "target"
     elif args.source_run:
         reuse_source(run, args.source_run)
     run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
@@ -669,6 +683,12 @@ def play(args):
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # no screen: draw off screen
         side.evaluation[0], frames = side.make_env(render_mode="rgb_array"), []
+        try:
+            side.evaluation[0].reset()
+            side.evaluation[0].env.render()
+        except Exception as error:  # whatever the OpenGL at hand raises
+            raise ValueError(f"--gif cannot draw on this machine (MUJOCO_GL is {os.environ.get('MUJOCO_GL')}; try egl "
+                             f"or osmesa): {str(error).splitlines()[0]}") from None
     returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation, frames)
     print(f"{name} task, step {side.step:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
           f"episodes of {lengths.mean():.0f} steps on average")

@@ -107,6 +107,13 @@ class WorldModel(nn.Module):
         next_obs = (obs + delta[:, : self.obs_dim]).nan_to_num(nan=0.0).clamp(self.obs_low, self.obs_high)
         return next_obs, delta[:, self.obs_dim :], self._disagreement(mean, inputs)
 
+    @torch.no_grad()
+    def error(self, obs, action, next_obs, features):
+        """The true error that u stands for: |mean of the members' means - truth| / sqrt(d), (B,), in u's units."""
+        mean = self._means(torch.cat([obs, action], -1)).mean(0)
+        target = (torch.cat([next_obs - obs, features], -1) - self.target_mean) / self.target_std * self.varies
+        return (mean - target).norm(dim=-1) / math.sqrt(max(float(self.varies.sum()), 1.0))
+
     def fit(self, obs, action, next_obs, features, *, lr=1e-3, weight_decay=1e-5, batch_size=256, max_epochs=40,
             patience=5, holdout=0.1, max_holdout=5000):
         """Gaussian maximum likelihood on bootstraps, from the present weights (so a refit is a warm start).
@@ -116,7 +123,8 @@ class WorldModel(nn.Module):
 
         Args: obs, next_obs (n, d), action (n, A), features (n, f).
 
-        Returns {"epochs", "holdout_mse" (normalised units; 1 is what the mean of the data achieves), "holdout_nll"}.
+        Returns {"epochs", "holdout_mse" (normalised units; 1 is what the mean of the data achieves), "holdout_nll",
+        "holdout" (the rows held out)}.
         Raises ValueError for fewer than 10 transitions, FloatingPointError when the loss is not finite.
         """
         inputs, targets = torch.cat([obs, action], -1), torch.cat([next_obs - obs, features], -1)
@@ -160,7 +168,7 @@ class WorldModel(nn.Module):
             mean, logvar = self(inputs[held])
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
             mse = (mean.mean(0) - targets[held]).square().mean()
-        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item()}
+        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(), "holdout": held}
 
     def _normalise(self, inputs, targets, obs):
         self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)

@@ -1,0 +1,314 @@
+"""The whole loop, end to end, on the real environment at a size that takes seconds: flags, files, resume, bad input."""
+
+import csv
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import tasks
+import wombet
+
+TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50 --random-steps 60
+          --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2 --refit-epochs 1 --refit-every 50 --members 3
+          --imagined-trajectories 8 --imagined-length 10 --population 8 --elites 4 --policy-samples 4 --batch-size 16
+          --utd 2 --device cpu""".split()
+
+
+def run(out, *flags, name="a", env="Hopper-v4"):
+    """Runs wombet.py on Hopper; returns its exit code and its folder."""
+    code = wombet.main(["--env", env, "--out", str(out), "--name", name, *TINY, *map(str, flags)])
+    return code, out / f"{env}__{name}__0"
+
+
+def rows(folder, skip=("wall_clock",)):
+    with open(folder / "progress.csv") as file:
+        return [{key: value for key, value in row.items() if key not in skip} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """One run by TINY's flags, which the others compare with or take the source phase from."""
+    code, folder = run(tmp_path_factory.mktemp("base"))
+    assert code == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_says(base, capsys):
+    table = rows(base)
+    assert list(table[0]) == [c for c in wombet.COLUMNS if c != "wall_clock"]
+    assert [(r["phase"], r["source_steps"], r["env_steps"]) for r in table] == [
+        ("source", "60", "0"), ("source", "120", "0"), ("source", "150", "0"), ("target", "150", "60"),
+        ("target", "150", "120")]
+    assert [int(r["updates"]) for r in table] == [0, 120, 180, 120, 240]  # 2 per step; none in the 60 random ones
+    config = json.loads((base / "config.json").read_text())
+    assert config["flags"]["source_steps"] == 150 and set(config["versions"]) == {
+        "python", "torch", "gymnasium", "mujoco", "numpy"}
+
+    data = np.load(base / "dataset.npz")
+    n = len(data["rewards"])
+    assert n == int(table[-1]["prior_size"]) > 0
+    assert {key: data[key].shape for key in data} == {
+        "observations": (n, 11), "actions": (n, 3), "rewards": (n,), "next_observations": (n, 11), "terminals": (n,),
+        "timeouts": (n,), "uncertainty": (n,), "features": (n, 1)}
+    # relabelled with the target's reward: Hopper's, written out
+    target = data["features"][:, 0] + 1.0 - 1e-3 * np.square(data["actions"]).sum(1)
+    np.testing.assert_allclose(data["rewards"], target, rtol=1e-5, atol=1e-5)
+
+    capsys.readouterr()
+    assert wombet.main(["--evaluate", str(base)]) == 0
+    assert f"return {float(table[-1]['return_mean']):.1f} ±" in capsys.readouterr().out
+
+
+def test_same_seed_same_numbers_other_seed_others(base, tmp_path):
+    _, again = run(tmp_path)
+    assert rows(again) == rows(base)
+    wombet.main(["--env", "Hopper-v4", "--out", str(tmp_path), "--name", "a", "--seed", "1", *TINY])
+    assert rows(tmp_path / "Hopper-v4__a__1")[-1]["return_mean"] != rows(base)[-1]["return_mean"]
+
+
+def interrupt_at(monkeypatch, step):
+    """Sends SIGINT during that step of the training environments (evaluation and resets for D_S take others)."""
+    count, original = [0], tasks.TaskEnv.step
+
+    def counted(env, action):
+        count[0] += not getattr(env, "evaluates", False)
+        if count[0] == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(env, action)
+
+    def marked(act, envs, frames=None, evaluate=tasks.evaluate):
+        for env in envs:
+            env.evaluates = True
+        return evaluate(act, envs, frames)
+
+    monkeypatch.setattr(tasks.TaskEnv, "step", counted)
+    monkeypatch.setattr(wombet, "evaluate", marked)
+
+
+@pytest.mark.parametrize("flags, step", [([], 77), ([], 150 + 63), (["--explore", "mix", "--mpc-every", "2",
+                                                                     "--explore-refit-every", "40"], 131)])
+def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatch, flags, step):
+    whole = base if not flags else run(tmp_path / "whole", *flags)[1]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        code, stopped = run(tmp_path, *flags)
+    assert code == 130
+    assert len(rows(stopped)) < len(rows(whole))
+    assert wombet.main(["--resume", str(stopped)]) == 0
+    assert rows(stopped) == rows(whole)
+    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (stopped, whole))
+    assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
+
+
+def test_resume_goes_on_to_more_steps(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / base.name)
+    assert wombet.main(["--resume", str(folder), "--target-steps", "160"]) == 0
+    assert rows(folder)[-1]["env_steps"] == "160"
+
+
+TARGET_FLAGS = {
+    "fixed share": ["--alpha-rule", "fixed", "--alpha", "0.25"],
+    "filter by return": ["--filter", "return"], "filter by u": ["--filter", "uncertainty"], "no filter": ["--filter", "none"],
+    "thresholds": ["--return-threshold", "-1000", "--u-threshold", "1000"], "cut early": ["--trust-percentile", "30"],
+    "no penalty in MPC": ["--plan-penalty-coef", "0"], "no penalty in the target": ["--target-penalty-coef", "0"],
+    "no refit": ["--refit-every", "0"], "refit on D_S": ["--refit-on-imagined"], "no guide": ["--no-guide"],
+    "D_S from the environment": ["--generate-in", "env"],
+    "variance": ["--uncertainty", "variance"], "max distance": ["--uncertainty", "max-distance"],
+    "aleatoric": ["--uncertainty", "aleatoric"], "pretrain": ["--pretrain-updates", "10"],
+    "best": ["--execute", "best"], "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
+    "actor on min": ["--actor-q", "min"], "no entropy": ["--no-backup-entropy"], "M < N": ["--min-critics", "1"],
+}
+
+
+@pytest.mark.parametrize("flags", TARGET_FLAGS.values(), ids=TARGET_FLAGS)
+def test_target_flags(base, tmp_path, flags):
+    """Each flag runs on a shared source phase, and changes what the run does."""
+    code, folder = run(tmp_path, "--source-run", base, *flags)
+    assert code == 0
+    ours, theirs = rows(folder), rows(base)
+    assert ours[:3] == theirs[:3]  # the source phase is the other run's
+    assert ours[3:] != theirs[3:]
+    if "fixed" in flags:
+        assert {r["alpha"] for r in ours[3:]} == {"0.25"}
+    if "none" in flags or "-1000" in flags:  # all pass but those without a single trusted step
+        assert all(float(r["acceptance"]) >= 0.75 for r in ours[3:]) and float(theirs[-1]["acceptance"]) < 0.75
+    if "--refit-every" in flags:
+        assert len({r["prior_size"] for r in ours[3:]}) == 1
+    if "--pretrain-updates" in flags:
+        assert int(ours[-1]["updates"]) == int(theirs[-1]["updates"]) + 10
+    if "env" in flags:
+        assert int(ours[-1]["source_steps"]) > 150
+
+
+def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
+    flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60"]
+    sizes = [int(rows(run(tmp_path, *flags, "--trust-percentile", p, name=p)[1])[-1]["prior_size"]) for p in ("0", "30")]
+    assert sizes[0] > 70 > sizes[1]  # 8 trajectories of 10 steps; few terminate
+
+
+@pytest.mark.parametrize("flags", [["--explore", "mpc"], ["--source", "stand"], ["--source-speed-cap", "0.1"],
+                                   ["--no-layer-norm"], ["--collect-penalty-coef", "5", "--explore", "mix"]])
+def test_source_flags(base, tmp_path, flags):
+    code, folder = run(tmp_path, *flags)
+    assert code == 0 and rows(folder)[-1] != rows(base)[-1]
+
+
+def test_without_prior_there_is_no_source_and_no_data(tmp_path):
+    code, folder = run(tmp_path, "--no-prior")
+    assert code == 0 and not (folder / "dataset.npz").exists()
+    assert {(r["phase"], r["source_steps"], r["alpha"], r["prior_size"]) for r in rows(folder)} == {("target", "0", "", "")}
+
+
+def test_offline_data_instead_of_a_source(base, tmp_path):
+    """A run's dataset.npz, and one with D4RL's five keys alone, take the place of phases 1 and 2."""
+    data = dict(np.load(base / "dataset.npz"))
+    np.savez(tmp_path / "five.npz", **{k: data[k] for k in ("observations", "actions", "rewards", "next_observations",
+                                                             "terminals")})
+    for name, file in (("own", base / "dataset.npz"), ("five", tmp_path / "five.npz")):
+        code, folder = run(tmp_path, "--offline-data", file, name=name)
+        assert code == 0
+        assert {(r["phase"], r["source_steps"], r["prior_size"]) for r in rows(folder)} == {
+            ("target", "0", str(len(data["rewards"])))}
+        # the penalty needs u, which the five keys lack
+    assert rows(tmp_path / "Hopper-v4__own__0") != rows(tmp_path / "Hopper-v4__five__0")
+
+
+def test_a_time_limit_is_a_truncation(tmp_path):
+    """Reacher's 50-step episodes end by the time limit alone: none is stored as terminated, so all bootstrap."""
+    _, folder = run(tmp_path, "--no-prior", env="Reacher-v5")
+    stored = torch.load(folder / "checkpoint.pt", weights_only=True)["target"]["buffer"]["rows"]
+    assert stored["terminated"].sum() == 0
+    assert stored["timeout"].nonzero().flatten().tolist() == [49, 99]
+
+
+BAD = {
+    "unknown environment": ["--env", "Nope-v4"], "old Pusher": ["--env", "Pusher-v4"], "unknown source": ["--source", "x"],
+    "no such quantity": ["--source-goal-shift", "1"], "negative size": ["--batch-size", "-1"], "zero": ["--horizon", "0"],
+    "alpha": ["--alpha-min", "0.6", "--alpha-max", "0.5"], "critics": ["--critics", "2", "--min-critics", "3"],
+    "elites": ["--elites", "9"], "horizon": ["--horizon", "11"], "device": ["--device", "cuda:7"],
+    "nonsense device": ["--device", "abacus"], "unknown flag": ["--nope"], "not a number": ["--utd", "many"],
+    "choice": ["--filter", "best"], "missing checkpoint": ["--resume", "nowhere"], "no source run": ["--source-run", "nowhere"],
+    "no dataset": ["--offline-data", "nowhere.npz"], "both": ["--offline-data", "a", "--source-run", "b"],
+    "gif without a run": ["--gif", "a.gif"], "nothing to evaluate": ["--evaluate", "nowhere"], "percentile": ["--u-percentile", "101"],
+    "impossible filter": ["--u-threshold", "-1", "--return-threshold", "99"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags):
+    env = flags[1] if flags[0] == "--env" else "Hopper-v4"
+    code, folder = run(tmp_path, *flags, env=env)
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("wombet.py: ") and error.count("\n") == 1
+    if flags[0] == "--u-threshold":  # found out after the source phase, which is kept
+        assert all(text in error for text in ("--u-threshold", "--return-threshold", "seen J", "99", "-1"))
+        assert (folder / "source.pt").exists()
+    else:
+        assert not folder.exists()
+
+
+def test_discrete_actions_are_refused(tmp_path, capsys, monkeypatch):
+    class CartPole(tasks.Reacher):
+        def __init__(self, name, version, source=None):
+            super().__init__(name, version, source)
+
+    monkeypatch.setitem(tasks.TASKS, "CartPole", CartPole)
+    code, _ = run(tmp_path, env="CartPole-v1")
+    assert code == 2 and "discrete" in capsys.readouterr().err
+
+
+def spoil(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif how == "foreign":
+        path.write_bytes(b"not a file of ours")
+    elif how == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize("how", ["truncated", "foreign", "other"])
+@pytest.mark.parametrize("file, flag", [("checkpoint.pt", "--resume"), ("checkpoint.pt", "--evaluate"),
+                                        ("source.pt", "--source-run"), ("dataset.npz", "--offline-data")])
+def test_spoilt_files_are_refused(base, tmp_path, capsys, how, file, flag):
+    folder = shutil.copytree(base, tmp_path / "spoilt")
+    spoil(folder / file, how)
+    before = (folder / file).read_bytes()
+    given = folder / file if flag == "--offline-data" else folder
+    code, fresh = run(tmp_path, flag, given)
+    error = capsys.readouterr().err
+    assert code == 2 and str(folder) in error and error.count("\n") == 1
+    assert (folder / file).read_bytes() == before and not fresh.exists()
+
+
+def test_misfits_are_refused(base, tmp_path, capsys):
+    """Another environment's dataset, another network's checkpoint, other source flags, a folder that exists."""
+    data = dict(np.load(base / "dataset.npz"))
+    np.savez(tmp_path / "bad.npz", **{**data, "rewards": np.full_like(data["rewards"], np.nan)})
+    cases = [(["--offline-data", base / "dataset.npz"], "Walker2d-v4", "observations has shape"),
+             (["--offline-data", tmp_path / "bad.npz"], "Hopper-v4", "not finite"),
+             (["--source-run", base, "--source-speed-cap", "2"], "Hopper-v4", "other flags: --source-speed-cap"),
+             (["--source-run", base], "Walker2d-v4", "other flags: --env"),
+             (["--resume", base, "--hidden", "16"], "Hopper-v4", "does not fit")]
+    for flags, env, text in cases:
+        code, folder = run(tmp_path, *flags, env=env)
+        error = capsys.readouterr().err
+        assert code == 2 and text in error and error.count("\n") == 1 and not folder.exists()
+    before = (base / "progress.csv").read_bytes()
+    assert run(base.parent)[0] == 2 and "exists" in capsys.readouterr().err
+    assert (base / "progress.csv").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    original, count = wombet.SAC.update, [0]
+
+    def poisoned(agent, batch, n_prior=0):
+        count[0] += 1
+        if count[0] == 80:
+            batch["reward"] = batch["reward"] * float("nan")
+        return original(agent, batch, n_prior)
+
+    monkeypatch.setattr(wombet.SAC, "update", poisoned)
+    code, folder = run(tmp_path, "--no-prior", "--target-steps", "300")
+    assert code == 1 and "not finite" in capsys.readouterr().err
+    weights = lambda name: torch.load(folder / name, weights_only=True)["target"]["agent"]["critic"]["weights.0"]
+    assert weights("checkpoint.pt").isfinite().all() and not weights("nonfinite.pt").isfinite().all()
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    wombet.save(path, {"wombet": 1, "x": 1})
+
+    def dies(state, file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError):
+        wombet.save(path, {"wombet": 1, "x": 2})
+    assert wombet.load(path, "cpu")["x"] == 1
+
+
+def test_gif(base, tmp_path, capsys):
+    code = wombet.main(["--evaluate", str(base), "--gif", str(tmp_path / "a.gif")])
+    if code == 2 and "cannot draw" in capsys.readouterr().err:
+        pytest.skip("this machine has no OpenGL to draw with (EGL, OSMesa or a screen)")
+    assert code == 0 and (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_help_names_every_flag_with_a_word_of_help():
+    for action in wombet.build_parser()._actions:
+        assert action.help, action.option_strings
+
+
+@pytest.mark.slow
+def test_wombet_learns_pusher_faster_than_from_scratch(tmp_path):
+    """About 10 minutes: after 6,000 source steps, 2,000 target steps with D_S beat 2,000 without by 5."""
+    flags = ["--env", "Pusher-v5", "--out", str(tmp_path), "--target-steps", "2000", "--eval-every", "2000"]
+    assert wombet.main([*flags, "--name", "prior", "--source-steps", "6000"]) == 0
+    assert wombet.main([*flags, "--name", "scratch", "--no-prior"]) == 0
+    last = lambda name: float(rows(tmp_path / f"Pusher-v5__{name}__0")[-1]["return_mean"])
+    assert last("prior") > last("scratch") + 5
