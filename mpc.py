@@ -129,6 +129,12 @@ class MPC:
         best = torch.where(scores[:, :1, None].isfinite(), pool[:, 0], elite_mean)
         return best if self.execute == "best" else elite_mean, scores[:, 0]
 
+    def state_dict(self):
+        return {"plan": self._plan, "age": self._age}
+
+    def load_state_dict(self, state):
+        self._plan, self._age = state["plan"], state["age"]
+
     def act(self, obs):
         """obs (B, d) -> action (B, A): plans, warm-started by the last plan shifted by what was executed, every
         `execute_steps` calls."""

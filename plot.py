@@ -324,6 +324,14 @@ def print_table(table, phase, out=None):
         print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
+def write_gif(frames, path, size=240, milliseconds=40):
+    """Writes pictures (each (h, w, 3) uint8) as an animation of size x size pixels."""
+    from PIL import Image  # matplotlib brings it
+
+    pictures = [Image.fromarray(frame).resize((size, size)) for frame in frames]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+
+
 def main(argv=None):
     """Draws what argv asks for; returns 0, or 2 after one line on stderr for bad input."""
     args = build_parser().parse_args(argv)

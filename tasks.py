@@ -253,8 +253,11 @@ class TaskEnv:
             for action in state["actions"]:
                 self.step(action.cpu())
 
-    def close(self):
-        self.env.close()
+    @property
+    def shapes(self):
+        """What a buffer keeps of a transition, and its shapes."""
+        return {"obs": (self.obs_dim,), "action": (self.action_dim,), "reward": (), "next_obs": (self.obs_dim,),
+                "terminated": (), "timeout": (), "features": (self.n_features,), "uncertainty": ()}
 
 
 EVALUATION_SEED = 1_000_000  # evaluation episode i starts from seed EVALUATION_SEED + i, in every run

@@ -43,22 +43,22 @@ COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "retur
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def number(kind, low, high, words):
-    """An argparse type: a number of a kind (int or float) within [low, high]."""
+def number(kind, words, low, high=math.inf):
+    """An argparse type: an int or a float within [low, high]."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is not {words}") from None
+            value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+            raise argparse.ArgumentTypeError(f"{text} is not a {words}")
         return value
     return parse
 
 
-count, amount = number(int, 1, math.inf, "a whole number above zero"), number(int, 0, math.inf, "a whole number from zero")
-positive, nonnegative = number(float, 1e-12, math.inf, "a number above zero"), number(float, 0, math.inf, "a number from zero")
-share, percent = number(float, 0, 1, "a number in [0, 1]"), number(float, 0, 100, "a number in [0, 100]")
+count, amount = number(int, "whole number above zero", 1), number(int, "whole number from zero", 0)
+positive, nonnegative = number(float, "number above zero", 1e-12), number(float, "number from zero", 0)
+share, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number in [0, 100]", 0, 100)
 
 
 def build_parser():
@@ -71,13 +71,10 @@ def build_parser():
     g = parser.add_argument_group("task")
     g.add_argument("--env", default="Walker2d-v4", help="target: a stock Gymnasium MuJoCo environment")
     g.add_argument("--source", default="near", help="source task: near, or (locomotion) backward or stand")
-    g.add_argument("--source-speed-cap", type=float, help="speed beyond which the near source pays no more, m/s "
-                   "(default: 3 HalfCheetah, 1 other runners, none Swimmer)")
-    g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost over the stock one (default: "
-                   "100 Swimmer, 1 others)")
-    g.add_argument("--source-goal-shift", type=float, help="distance of the source's goal, m (default: 0.15 Pusher, "
-                   "0.05 Reacher)")
-    g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise over the stock one (default: 2)")
+    g.add_argument("--source-speed-cap", type=float, help="m/s that near pays up to (HalfCheetah: 3, others: 1)")
+    g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
+    g.add_argument("--source-goal-shift", type=float, help="shift of the source's goal, m (Pusher .15, Reacher .05)")
+    g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
 
     g = parser.add_argument_group("run")
     g.add_argument("--seed", type=amount, default=0, help="of networks, exploration and initial states")
@@ -105,12 +102,10 @@ def build_parser():
     g.add_argument("--model-batch-size", type=count, default=256, help="transitions per member in a gradient step")
     g.add_argument("--model-epochs", type=count, default=60, help="most epochs of the first fit")
     g.add_argument("--refit-epochs", type=count, default=10, help="most epochs of a later, warm-started fit")
-    g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a): see "
-                   "WorldModel.uncertainty")
+    g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
 
     g = parser.add_argument_group("source exploration")
-    g.add_argument("--explore", default="policy", choices=("policy", "mpc", "mix"), help="who collects source data: "
-                   "the source agent, MPC, or in turn (every --mpc-every-th episode MPC)")
+    g.add_argument("--explore", default="policy", choices=("policy", "mpc", "mix"), help="who acts in the source task")
     g.add_argument("--mpc-every", type=count, default=4, help="with --explore mix: one episode in so many is MPC's")
     g.add_argument("--explore-refit-every", type=count, default=2500, help="source steps between fits for MPC episodes")
 
@@ -118,7 +113,7 @@ def build_parser():
     g.add_argument("--horizon", type=count, default=5, help="H, steps planned ahead")
     g.add_argument("--population", type=count, default=32, help="candidates drawn in a CEM iteration")
     g.add_argument("--elites", type=count, default=8, help="candidates that refit the distribution")
-    g.add_argument("--iterations", type=count, default=1, help="CEM iterations, after the policy's proposals with --guide")
+    g.add_argument("--iterations", type=count, default=1, help="CEM iterations, beside the policy's proposals")
     g.add_argument("--momentum", type=share, default=0.1, help="share of the old mean and std kept by a refit")
     g.add_argument("--init-std", type=positive, default=0.3, help="std of the first iteration, actions in [-1, 1]")
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
@@ -128,16 +123,14 @@ def build_parser():
     g.add_argument("--guide", **switch, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
     g.add_argument("--collect-penalty-coef", type=nonnegative, default=0.0, help="lambda while collecting source data")
-    g.add_argument("--plan-penalty-coef", type=nonnegative, default=20.0, help="lambda while generating D_S, reward per u")
+    g.add_argument("--plan-penalty-coef", type=nonnegative, default=20.0, help="lambda for generating D_S")
 
     g = parser.add_argument_group("generating and filtering D_S (section 4.3, eq. 6)")
     g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
     g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories per round")
     g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
-    g.add_argument("--reset-share", type=share, default=0.5, help="share that starts from resets; the others start "
-                   "from states of the source data")
-    g.add_argument("--trust-percentile", type=percent, default=95.0, help="a trajectory is cut where u exceeds this "
-                   "percentile of u over the source data; 0: never")
+    g.add_argument("--reset-share", type=share, default=0.5, help="share from resets; others: source data")
+    g.add_argument("--trust-percentile", type=percent, default=95.0, help="cut beyond it, of u on source data; 0: no")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
     g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
@@ -163,8 +156,8 @@ def build_parser():
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--prior", **switch, default=True, help="learn from D_S; --no-prior: from scratch")
-    g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, instead of phases 1 and 2")
-    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates on D_S before the first target step")
+    g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
+    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=share, default=0.5, help="the share with --alpha-rule fixed")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * |TD error|, min, max)")
@@ -328,9 +321,9 @@ def keep_freed_memory():
 def build(args, run_dir):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
-    run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), interrupt=Interrupt(),
-                          rng=np.random.default_rng(args.seed), thresholds=None, acceptance=None, holdout_mse=None,
-                          rounds=0, fitted_at=0, phase="source" if args.prior else "target")
+    run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), episodes=0, fitted_at=0,
+                          phase="source" if args.prior else "target", thresholds=None, acceptance=None,
+                          holdout_mse=None, rng=np.random.default_rng(args.seed))
     quantities = {"speed_cap": args.source_speed_cap, "ctrl_cost_factor": args.source_ctrl_cost_factor,
                   "goal_shift": args.source_goal_shift, "reset_noise_factor": args.source_reset_noise_factor}
 
@@ -345,15 +338,15 @@ def build(args, run_dir):
                     backup_entropy=args.backup_entropy, actor_q=args.actor_q, penalty_coef=args.target_penalty_coef,
                     device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
-                               buffer=ReplayBuffer(steps, args.device, **shapes(env)), planned=False)
+                               buffer=ReplayBuffer(steps, args.device, **env.shapes), planned=False)
 
     run.target = side(None, args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
                           args.alpha if args.alpha_rule == "fixed" else None)
-    run.prior = run.source = run.model = None
+    run.prior = run.source = run.model = run.explorer = None
     env = run.target.env
     if args.offline_data:
-        run.prior = ReplayBuffer.load(args.offline_data, args.device, **shapes(env))
+        run.prior = ReplayBuffer.load(args.offline_data, args.device, **env.shapes)
         run.phase = "pretrain"
     elif args.prior:
         run.source = side(args.source, args.source_steps, 1)
@@ -362,15 +355,9 @@ def build(args, run_dir):
                                uncertainty_kind=args.uncertainty).to(args.device)
         rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
         size = rounds * args.imagined_trajectories * args.imagined_length
-        run.prior = ReplayBuffer(size, args.device, **shapes(env))
+        run.prior = ReplayBuffer(size, args.device, **env.shapes)
         run.explorer = planner(run, args.collect_penalty_coef)
     return run
-
-
-def shapes(env):
-    """What a buffer keeps of a transition."""
-    return {"obs": (env.obs_dim,), "action": (env.action_dim,), "reward": (), "next_obs": (env.obs_dim,),
-            "terminated": (), "timeout": (), "features": (env.n_features,), "uncertainty": ()}
 
 
 def planner(run, penalty_coef):
@@ -384,48 +371,45 @@ def planner(run, penalty_coef):
                policy_samples=args.policy_samples, value=source.agent.value if args.guide else None)
 
 
+SIDE_VALUES = ("step", "updates", "planned")  # plain values of a side, and below of a run, that a checkpoint keeps
+RUN_VALUES = ("phase", "thresholds", "acceptance", "holdout_mse", "episodes", "fitted_at")
+
+
 def state_dict(run):
     """The whole run as tensors and plain values."""
-    sides = {}
-    for name in ("source", "target"):
-        side = getattr(run, name)
-        if side is not None:
-            sides[name] = {"env": side.env.state_dict(), "agent": side.agent.state_dict(),
-                           "buffer": side.buffer.state_dict(), "step": side.step, "updates": side.updates,
-                           "planned": side.planned}
-    state = {"wombet": 1, **sides, "td_error": run.mix.td_error, "phase": run.phase, "thresholds": run.thresholds,
-             "acceptance": run.acceptance, "holdout_mse": run.holdout_mse, "rounds": run.rounds,
-             "fitted_at": run.fitted_at, "rows": run.log.rows, "wall_clock": run.log.wall_clock,
+    state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, "td_error": run.mix.td_error,
+             "rows": run.log.rows, "wall_clock": run.log.wall_clock,
              "torch_rng": torch.get_rng_state(), "numpy_rng": run.rng.bit_generator.state}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    for name in ("source", "target"):
+        if (side := getattr(run, name)) is not None:
+            state[name] = {part: getattr(side, part).state_dict() for part in ("env", "agent", "buffer")}
+            state[name].update({key: getattr(side, key) for key in SIDE_VALUES})
     if run.model is not None:
-        state["model"] = run.model.state_dict()
-        state["plan"] = {"plan": run.explorer._plan, "age": run.explorer._age}
+        state["model"], state["explorer"] = run.model.state_dict(), run.explorer.state_dict()
     if run.prior is not None:
         state["prior"] = run.prior.state_dict()
     return state
 
 
 def load_side(side, state):
-    side.env.load_state_dict(state["env"])
-    side.agent.load_state_dict(state["agent"])
-    side.buffer.load_state_dict(state["buffer"])
-    side.step, side.updates, side.planned = state["step"], state["updates"], state["planned"]
+    for part in ("env", "agent", "buffer"):
+        getattr(side, part).load_state_dict(state[part])
+    for key in SIDE_VALUES:
+        setattr(side, key, state[key])
 
 
 def load_state_dict(run, state):
     try:
+        for name in RUN_VALUES:
+            setattr(run, name, state[name])
         for name in ("source", "target"):
             if getattr(run, name) is not None:
                 load_side(getattr(run, name), state[name])
-        for name in ("phase", "thresholds", "acceptance", "holdout_mse", "rounds", "fitted_at"):
-            setattr(run, name, state[name])
-        if run.model is not None:
-            run.model.load_state_dict(state["model"])
-            run.explorer._plan, run.explorer._age = state["plan"]["plan"], state["plan"]["age"]
-        if run.prior is not None:
-            run.prior.load_state_dict(state["prior"])
+        for name in ("model", "explorer", "prior"):
+            if getattr(run, name) is not None:
+                getattr(run, name).load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"the checkpoint does not fit these flags: {str(error).splitlines()[0]}") from None
     run.mix.td_error = state["td_error"]
@@ -460,23 +444,20 @@ def reuse_source(run, source_run):
 
 
 def report(run, name, info):
-    """Evaluates a side's policy; one row of progress.csv, one line on stdout."""
-    side, other = getattr(run, name), run.source
+    """Evaluates a side's policy: one row of progress.csv, one line on stdout."""
+    side = getattr(run, name)
     returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation)
-    row = {"phase": name, "env_steps": run.target.step, "source_steps": other.step if other else 0,
+    row = {"phase": name, "env_steps": run.target.step, "source_steps": run.source.step if run.source else 0,
            "updates": side.updates, "wall_clock": round(run.log.wall_clock, 1), "return_mean": float(returns.mean()),
-           "return_std": float(returns.std()), "length_mean": float(lengths.mean())}
-    row.update({key: float(info[key]) for key in ("q_mean", "temperature") if key in info})
-    if name == "target" and run.prior is not None:
-        row.update(alpha=run.mix.alpha, prior_size=run.prior.size)
-        row.update(acceptance="" if run.acceptance is None else run.acceptance)
+           "return_std": float(returns.std()), "length_mean": float(lengths.mean()),
+           "model_holdout_mse": run.holdout_mse, **{key: float(info[key]) for key in ("q_mean", "temperature") if info}}
+    text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     if name == "target":
-        row.update(td_error="" if run.mix.td_error is None else run.mix.td_error)
-    if run.holdout_mse is not None:
-        row.update(model_holdout_mse=run.holdout_mse)
+        row["td_error"] = run.mix.td_error
+        if run.prior is not None:
+            row.update(alpha=run.mix.alpha, prior_size=run.prior.size, acceptance=run.acceptance)
+            text += f", alpha {run.mix.alpha:.2f}"
     run.log.row(row)
-    share = f", alpha {run.mix.alpha:.2f}" if name == "target" and run.prior is not None else ""
-    text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes{share}"
     run.log.live(name, side.step, vars(run.args)[f"{name}_steps"], text, force=True)
     return text
 
@@ -512,15 +493,14 @@ def learn(run, name):
             info = update(run, side, prior)
         if name == "target" and prior is not None and not args.offline_data and args.refit_every and (
                 side.step % args.refit_every == 0 and side.step < steps):
+            began = time.time()
             fit(run, args.refit_epochs)
             generate(run)
-            pace_step = side.step - run.log.pace[1]  # the round's time is not the loop's
-            run.log.pace = (time.time() - pace_step / max(run.rate, 1e-9), run.log.pace[1])
+            run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # the round is not the loop
         if side.step % args.eval_every == 0 or side.step == steps:
             text = report(run, name, info)
         if side.step % args.checkpoint_every == 0:
             save(run.dir / "checkpoint.pt", state_dict(run))
-        run.rate = (side.step - run.log.pace[1]) / max(time.time() - run.log.pace[0], 1e-9)
         run.log.live(name, side.step, steps, text)
 
 
@@ -530,8 +510,8 @@ def start_episode(run, name):
     side.env.reset()
     if name == "target" or args.explore == "policy" or side.step < args.random_steps:
         return
-    run.rounds += 1
-    side.planned = args.explore == "mpc" or run.rounds % args.mpc_every == 0
+    run.episodes += 1
+    side.planned = args.explore == "mpc" or run.episodes % args.mpc_every == 0
     if side.planned:
         if run.fitted_at == 0 or side.step - run.fitted_at >= args.explore_refit_every:
             fit(run, args.model_epochs if run.fitted_at == 0 else args.refit_epochs)
@@ -576,19 +556,18 @@ def generate(run):
     args, source, model, began = run.args, run.source, run.model, time.time()
     n, device = args.imagined_trajectories, args.device
     length = min(args.imagined_length, source.env.max_steps or args.imagined_length)
-    real = source.buffer.sample(min(source.buffer.size, 5000))
-    limit = float("inf")
-    if args.trust_percentile:
+    limit = math.inf
+    if args.trust_percentile and args.generate_in == "model":
+        real = source.buffer.sample(5000)
         limit = model.uncertainty(real["obs"], real["action"]).quantile(args.trust_percentile / 100).item()
     act = planner(run, args.plan_penalty_coef).act
     if args.generate_in == "model":
         n_reset = round(args.reset_share * n)
         # resets draw from the initial-state distribution and take no step in the environment
-        envs = source.evaluation[:1]
-        envs[0].seed(int(run.rng.integers(2**31)))
-        resets = torch.as_tensor(np.array([envs[0].reset() for _ in range(n_reset)], dtype=np.float32).reshape(
-            n_reset, source.env.obs_dim), device=device)
-        start = torch.cat([resets, source.buffer.sample(n - n_reset)["obs"]])
+        env = source.evaluation[0]
+        env.seed(int(run.rng.integers(2**31)))
+        resets = [torch.as_tensor(env.reset(), device=device)[None] for _ in range(n_reset)]
+        start = torch.cat([*resets, source.buffer.sample(n - n_reset)["obs"]])
         step = model.step
     else:
         # real steps, n environments at once; they count as source steps
@@ -598,8 +577,7 @@ def generate(run):
     trajectories = imagine(step, source.env.task.terminated, act, start, length, limit)
     if args.generate_in == "env":
         source.step += int(trajectories["valid"].sum())
-    keys = ("obs", "action", "next_obs", "features")
-    rewards = source.env.task.reward(*(trajectories[key] for key in keys))
+    rewards = source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
     returns, mean_u = score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"],
                                          trajectories["terminated"], args.discount)
     if run.thresholds is None:
@@ -608,8 +586,7 @@ def generate(run):
         run.thresholds = [f if g is None else g for f, g in zip(found, given)]
     try:
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
-        transitions = to_transitions(trajectories, passed, run.target.env.task.reward)
-        run.prior.add(**transitions)
+        run.prior.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
         run.acceptance = passed.float().mean().item()
     except ValueError as error:
         if run.prior.size == 0:
@@ -636,7 +613,7 @@ def train(args):
     else:
         run_dir, state = Path(args.out) / f"{args.env}__{args.name}__{args.seed}", None
         if run_dir.exists():
-            raise ValueError(f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name or --out")
+            raise ValueError(f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name")
     run = build(args, run_dir)
     if state is not None:
         load_state_dict(run, state)
@@ -647,9 +624,11 @@ def train(args):
         reuse_source(run, args.source_run)
     run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
     write_config(run_dir, args)
+    run.interrupt = Interrupt()
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
+        save(run.dir / "checkpoint.pt", state_dict(run))
         fit(run, args.model_epochs)
         run.phase = "generate"
         save(run.dir / "source.pt", state_dict(run))
@@ -659,7 +638,7 @@ def train(args):
         run.phase = "pretrain"
     if run.phase == "pretrain":
         save(run.dir / "checkpoint.pt", state_dict(run))
-        for _ in range(args.pretrain_updates // args.utd):
+        for _ in range(math.ceil(args.pretrain_updates / args.utd)):
             update(run, run.target, run.prior)
         run.phase = "target"
     if run.phase == "target":  # 3. learn the target task, with refit rounds
@@ -674,6 +653,8 @@ def play(args):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations, prints its return, draws the first."""
     run_dir = Path(args.evaluate)
     flags = argparse.Namespace(**{**vars(args), **read_config(run_dir)["flags"], "device": args.device})
+    if flags.offline_data:
+        flags.offline_data, flags.prior = None, False  # the file is not needed to play
     state = load(run_dir / "checkpoint.pt", args.device)
     run = build(flags, run_dir)
     load_state_dict(run, state)
@@ -693,11 +674,10 @@ def play(args):
     print(f"{name} task, step {side.step:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
           f"episodes of {lengths.mean():.0f} steps on average")
     if args.gif:
-        from PIL import Image  # matplotlib brings it
+        from plot import write_gif  # matplotlib is slow to import
 
-        pictures = [Image.fromarray(frame).resize((240, 240)) for frame in frames[:600:2]]  # 300 at most
-        pictures[0].save(args.gif, save_all=True, append_images=pictures[1:], duration=40, loop=0)
-        print(f"{args.gif}: {len(pictures)} pictures, every second step")
+        write_gif(frames[:600:2], args.gif)
+        print(f"{args.gif}: the first episode, every second step, 300 pictures at most")
 
 
 def main(argv=None):
@@ -706,12 +686,9 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
         keep_freed_memory()
         play(args) if args.evaluate else train(args)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"wombet.py: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"wombet.py: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("\nwombet.py: interrupted; --resume RUN_DIR continues from the checkpoint", file=sys.stderr)
         return 130
