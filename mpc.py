@@ -23,12 +23,11 @@ def coloured_noise(shape, beta, device="cpu"):
     scale[0] = scale[1]  # the lowest frequency is the horizon's own
     scale = scale ** (-beta / 2)
     parts = torch.randn(*batch, dim, len(scale), 2, device=device)
-    parts[..., 0, 1] = 0.0  # the mean is real, and so is the highest frequency of an even length
-    if horizon % 2 == 0:
-        parts[..., -1, 1] = 0.0
-    power = 2 * (2 * scale[1:].square()).sum() + scale[0].square()
-    if horizon % 2 == 0:
-        power = power - 3 * scale[-1].square()
+    # the mean is real, and so is the highest frequency of an even length: all of their variance is in the real part
+    real = [0, -1] if horizon % 2 == 0 else [0]
+    parts[..., real, 0] *= 2**0.5
+    parts[..., real, 1] = 0.0
+    power = 4 * scale.square().sum() - 2 * scale[real].square().sum()  # a complex part stands for two frequencies
     noise = torch.fft.irfft(torch.view_as_complex(parts) * scale, n=horizon) * horizon / power.sqrt()
     return noise.transpose(-1, -2)
 
@@ -82,7 +81,7 @@ class MPC:
             # where, not a product: what lies beyond a termination may be anything, even NaN
             total = total + self.discount**k * torch.where(alive > 0, reward, 0.0)
             alive = alive * (~self.terminated(next_obs))
-            obs = next_obs
+            obs = torch.where(alive.unsqueeze(-1) > 0, next_obs, obs)
             taken.append(action)
         if self.value is not None:
             total = total + self.discount**self.horizon * torch.where(alive > 0, self.value(obs), 0.0)
@@ -94,10 +93,11 @@ class MPC:
         scores, order = scores.sort(1, descending=True)
         scores, order = scores[:, : self.elites], order[:, : self.elites, None, None]
         pool = pool.gather(1, order.expand(-1, -1, *pool.shape[2:]))
-        finite = scores.isfinite().to(pool.dtype)[..., None, None]
+        finite = scores.isfinite()[..., None, None]
         count = finite.sum(1)
-        elite_mean = torch.where(count > 0, (finite * pool).sum(1) / count.clamp(min=1), mean)
-        elite_var = (finite * (pool - elite_mean.unsqueeze(1)).square()).sum(1) / count.clamp(min=1)
+        elite_mean = torch.where(finite, pool, 0.0).sum(1) / count.clamp(min=1)
+        elite_mean = torch.where(count > 0, elite_mean, mean)
+        elite_var = torch.where(finite, (pool - elite_mean.unsqueeze(1)).square(), 0.0).sum(1) / count.clamp(min=1)
         elite_std = torch.where(count > 0, elite_var.sqrt(), std)
         keep = self.momentum
         return keep * mean + (1 - keep) * elite_mean, keep * std + (1 - keep) * elite_std, pool, scores, elite_mean
@@ -119,7 +119,11 @@ class MPC:
             mean, std, pool, scores, _ = self._refit(mean, std, pool, scores)
         for i in range(self.iterations):
             noise = coloured_noise((batch, self.population, *shape), self.noise_beta, obs.device)
-            drawn = (mean.unsqueeze(1) + std.unsqueeze(1) * noise).clamp(-1, 1)
+            centre, spread = mean.unsqueeze(1), std.unsqueeze(1)
+            if i == 0:  # half of them search around the start, whatever the policy proposes
+                half = torch.arange(self.population, device=obs.device)[:, None, None] % 2 == 0
+                centre, spread = torch.where(half, start.unsqueeze(1), centre), torch.where(half, self.init_std, spread)
+            drawn = (centre + spread * noise).clamp(-1, 1)
             drawn[:, 0] = start if i == 0 else mean  # the warm start and the distribution's own mean compete too
             drawn_scores = self.rollout(obs.repeat_interleave(self.population, 0), drawn.flatten(0, 1))[1]
             # the model is deterministic, so what was scored before keeps its score
@@ -174,5 +178,7 @@ def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf
         if not alive.any():
             break
         obs = next_obs
+    over = torch.zeros_like(alive)
+    rows += [(*rows[-1][:5], over, over)] * (length - len(rows))  # all have ended early
     keys = ("obs", "action", "next_obs", "features", "uncertainty", "terminated", "valid")
     return {key: torch.stack(values, 1) for key, values in zip(keys, zip(*rows))}

@@ -78,8 +78,8 @@ class Locomotion:
         self.contact = self.CONTACT.get(name) if version >= 5 else None
         if source != "near":
             cap, factor = float("inf"), 1.0
-        self.speed_cap = cap if speed_cap is None else speed_cap
-        if ctrl_cost_factor is not None:
+        self.speed_cap = speed_cap if source == "near" and speed_cap is not None else cap
+        if source and ctrl_cost_factor is not None:
             factor = ctrl_cost_factor
         self.ctrl_cost = cost * factor * self.action_scale**2  # on actions in [-1, 1]
         self.env_kwargs = {"reset_noise_scale": noise * (reset_noise_factor if source else 1.0)}
@@ -248,6 +248,7 @@ class TaskEnv:
 
     def load_state_dict(self, state):
         self.env.unwrapped.np_random.bit_generator.state = state["rng"]
+        self.obs, self._episode = None, None
         if state["actions"] is not None:
             self.reset()
             for action in state["actions"]:

@@ -114,7 +114,7 @@ class WorldModel(nn.Module):
         target = (torch.cat([next_obs - obs, features], -1) - self.target_mean) / self.target_std * self.varies
         return (mean - target).norm(dim=-1) / math.sqrt(max(float(self.varies.sum()), 1.0))
 
-    def fit(self, obs, action, next_obs, features, *, lr=1e-3, weight_decay=1e-5, batch_size=256, max_epochs=40,
+    def fit(self, obs, action, next_obs, features, *, lr=1e-3, batch_size=256, max_epochs=40,
             patience=5, holdout=0.1, max_holdout=5000):
         """Gaussian maximum likelihood on bootstraps, from the present weights (so a refit is a warm start).
 
@@ -134,10 +134,10 @@ class WorldModel(nn.Module):
         order = torch.randperm(n, device=inputs.device)
         n_holdout = min(max(int(holdout * n), 1), max_holdout)
         held, train = order[:n_holdout], order[n_holdout:]
-        self._normalise(inputs[train], targets[train], obs)
+        self._normalise(inputs[train], targets[train], torch.cat([obs, next_obs]))  # episodes end in a next_obs
         targets = (targets - self.target_mean) / self.target_std
         boot = train[torch.randint(len(train), (self.members, len(train)), device=train.device)]
-        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
         best = torch.full((self.members,), math.inf, device=inputs.device)
         stacked = [*self.weights, *self.biases]  # what belongs to one member; the log-variance bounds are shared
         kept = [p.detach().clone() for p in stacked]

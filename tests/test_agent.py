@@ -231,6 +231,7 @@ def test_buffer_wraps_around_and_samples_what_is_filled():
     buffer.add(obs=torch.zeros(3, 2), reward=torch.tensor([7, 8, 9]))
     assert buffer.size == 7 and sorted(buffer.filled()["reward"].tolist()) == [3, 4, 5, 6, 7, 8, 9]
     assert buffer.sample(4, 5)["obs"].shape == (4, 5, 2) and buffer.sample(500)["reward"].min() == 3
+    assert sorted(marked(7, *range(50)).filled()["reward"].tolist()) == list(range(43, 50))
     with pytest.raises(ValueError, match="8 transitions do not fit a buffer of 7"):
         buffer.add(obs=torch.zeros(8, 2), reward=torch.zeros(8))
 

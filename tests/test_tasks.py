@@ -47,8 +47,7 @@ def test_target_is_the_stock_task(env_id):
     env = TaskEnv(env_id, seed=1)
     calls = record(env)
     obs, action, next_obs, reward, terminated, features = drive(env, 1000)
-    raw = np.array([call[2] for call in calls])
-    np.testing.assert_allclose(reward, raw, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reward, [call[2] for call in calls], rtol=1e-5, atol=1e-5)
     assert terminated.tolist() == [call[3] for call in calls]
     batch = tensors(obs, action, next_obs, features)
     assert env.task.terminated(batch[2]).tolist() == terminated.tolist()
@@ -61,11 +60,16 @@ def test_target_is_the_stock_task(env_id):
     assert env.task.terminated(folded[2]).shape == (10, 100)
 
 
-def test_ant_terminates_outside_its_height_or_when_not_finite():
-    task, obs = TaskEnv("Ant-v4").task, torch.full((5, 27), 0.5)
-    obs[:4, 0] = torch.tensor([0.19, 0.21, 0.99, 1.01])
-    obs[4, 20] = float("nan")
-    assert task.terminated(obs).tolist() == [True, False, False, True, True]
+@pytest.mark.parametrize("name, rest, index, low, high", [
+    ("Hopper", 0.0, 0, 0.7, None), ("Hopper", 1.0, 1, -0.2, 0.2), ("Walker2d", 0.0, 0, 0.8, 2.0),
+    ("Walker2d", 1.0, 1, -1.0, 1.0), ("Ant", 0.5, 0, 0.2, 1.0), ("Humanoid", 0.0, 0, 1.0, 2.0)])
+def test_healthy_ranges(name, rest, index, low, high):
+    """Height or angle just inside and just outside, in an observation that is otherwise `rest`; then NaN."""
+    obs, high = torch.full((5, 27), rest), high or 1e9
+    obs[:, index] = torch.tensor([low - 1e-3, low + 1e-3, high - 1e-3, high + 1e-3, float("nan")])
+    assert tasks.Locomotion(name, 4).terminated(obs).tolist() == [True, False, False, high < 9, True]
+    if name == "Ant":
+        assert tasks.Locomotion(name, 4).terminated(torch.tensor([0.5, float("inf")]))
 
 
 @pytest.mark.parametrize("source", ["near", "backward", "stand"])
@@ -184,11 +188,7 @@ def test_resumes_bitwise(env_id, source, at, truncates):
     actions = np.random.default_rng(0).uniform(-1, 1, (1050, env.action_dim)).astype(np.float32)
     run(env, actions[:8], True)  # an episode before, so that the generator has moved on
     run(other, actions[:5], True)
-    env.seed(8)
-    if at is not None:  # else no episode has begun
-        env.reset()
-        for action in actions[:at]:
-            env.step(action)
+    env.seed(8) if at is None else run(env, actions[:at], True)  # None: no episode has begun
     state = copy.deepcopy(env.state_dict())
     other.load_state_dict(state)
     np.testing.assert_equal(*(np.asarray(s["actions"]) for s in (other.state_dict(), state)))

@@ -149,18 +149,16 @@ def test_range_covers_where_episodes_end():
 def test_bootstraps_and_holdout():
     """Each member trains on a bootstrap of its own, the same every epoch; on the holdout no member does."""
     (_, action, next_obs, features), _ = linear_data(400)
-    mark = torch.arange(400.0)
-    obs = torch.stack([mark, torch.randn(400)], -1)
-    model, batches = small(members=3), []
-    model.register_forward_pre_hook(
-        lambda _, args: batches.append(args[0][..., 0]) if args[0].dim() == 3 else None)
+    obs = torch.stack([torch.arange(400.0), torch.randn(400)], -1)
+    model, batches = small(members=3), {2: [], 3: []}  # by dimensions: one batch for all members, one for each
+    model.register_forward_pre_hook(lambda _, args: batches[args[0].dim()].append(args[0][..., 0]))
     model.fit(obs, action, next_obs, features, max_epochs=2, batch_size=100, holdout=0.25)
-    first, second = (torch.cat(half, 1).sort(1).values for half in (batches[:3], batches[3:]))
+    first, second = (torch.cat(half, 1).sort(1).values for half in (batches[3][:3], batches[3][3:]))
     assert first.shape == (3, 300) and torch.equal(first, second)
-    uniques = [set(rows.tolist()) for rows in first]
+    uniques, held = [set(rows.tolist()) for rows in first], set(batches[2][-1].tolist())
     assert all(0.55 < len(rows) / 300 < 0.71 for rows in uniques)  # 1 - 1/e of the split
-    assert uniques[0] != uniques[1] != uniques[2]
-    assert 265 < len(set.union(*uniques)) <= 300  # (1 - 1/e^3) of the 300 rows of the split
+    assert uniques[0] != uniques[1] != uniques[2] and 265 < len(set.union(*uniques))  # 1 - 1/e^3
+    assert len(held) == 100 and not held & set.union(*uniques)
 
 
 def test_each_member_keeps_its_own_best():
