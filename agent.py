@@ -225,7 +225,8 @@ class SAC:
 
     Args:
         n_critics, min_critics: N and the size M of the subset under the minimum.
-        actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises.
+        actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises. Deviation: the mean is
+            the default of wombet.py.
         penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
         target_entropy: nats; None stands for -action_dim / 2 (RLPD).

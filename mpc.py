@@ -1,8 +1,9 @@
 """Uncertainty-penalised model-predictive control (eqs. 1 to 5) and trajectories imagined with it.
 
-The cross-entropy method (CEM) searches action sequences for a whole batch of states at once. Given a policy and a
-value function, part of the candidates follow the policy in the model and the value stands in for what comes after the
-horizon (guided MPC; POPLIN, LOOP and TD-MPC do likewise).
+The cross-entropy method (CEM) searches action sequences for a whole batch of states at once.
+
+Deviation: given a policy and a value function, part of the candidates follow the policy in the model and the value
+stands in for what comes after the horizon (guided MPC; POPLIN, LOOP and TD-MPC do likewise); without them, plain CEM.
 
 The model, the rewards and the policy are plain callables, so that any of them can be a known one:
     model(obs (B, d), action (B, A)) -> next_obs (B, d), features (B, f), u (B,)
@@ -161,6 +162,8 @@ def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf
         step: (obs (N, d), action (N, A)) -> next_obs, features, u, such as `WorldModel.step`.
         act: obs (N, d) -> action (N, A), such as `MPC.act`.
         start_obs: (N, d). length: steps. max_uncertainty: a trajectory is cut before the step where u exceeds it.
+
+    Deviation: the paper's filter takes or leaves whole trajectories; cutting keeps the trusted part of one that drifts.
 
     Returns {key: (N, length, ...)} with obs, action, next_obs, features, uncertainty, terminated and valid: the last
     is False after a predicted termination and from a cut on. A trajectory that is cut or reaches `length` has not

@@ -10,6 +10,8 @@ To add an environment: write a class like `Pusher` below and name it in `TASKS` 
 """
 
 import inspect
+import os
+import sys
 import warnings
 
 import gymnasium as gym
@@ -24,6 +26,7 @@ def _all_healthy(next_obs):
 
 def _hopper_healthy(next_obs):
     z, angle = next_obs[..., 0], next_obs[..., 1]
+    # the environment's limit of 100 on velocities is out of sight: they are observed clipped to 10
     return (z > 0.7) & (angle.abs() < 0.2) & (next_obs[..., 1:].abs() < 100).all(-1)
 
 
@@ -116,9 +119,11 @@ class Pusher:
 
     def __init__(self, name, version, source=None, goal_shift=0.15, ctrl_cost_factor=1.0, reset_noise_factor=2.0):
         self.ctrl_cost = 0.1 * (ctrl_cost_factor if source else 1.0) * self.action_scale**2  # on actions in [-1, 1]
-        self.goal_shift = goal_shift if source else 0.0
-        if source:
-            self.perturb = lambda qpos, rng: qpos[:7].__iadd__(rng.uniform(-1, 1, 7) * 0.05 * reset_noise_factor)
+        self.goal_shift, self.arm_noise = goal_shift if source else 0.0, 0.05 * reset_noise_factor
+
+    def perturb(self, qpos, rng):
+        """Widens the source's initial states, in place; the environment has no argument for it."""
+        qpos[:7] += self.arm_noise * rng.uniform(-1, 1, 7)
 
     def reward(self, obs, action, next_obs, features):
         tip, thing, goal = next_obs[..., 14:17], next_obs[..., 17:20], next_obs[..., 20:23]
@@ -196,6 +201,18 @@ class TaskEnv:
         self.obs_dim, self.action_dim = self.env.observation_space.shape[0], space.shape[0]
         self.n_features, self.max_steps = len(self.task.FEATURES), self.env.spec.max_episode_steps
         self.seed(seed)
+        if render_mode:
+            self._check_drawing()
+
+    def _check_drawing(self):
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # no screen: draw off screen
+        try:
+            self.reset()
+            self.env.render()
+        except Exception as error:  # whatever the OpenGL at hand raises
+            raise ValueError(f"cannot draw on this machine with MUJOCO_GL={os.environ.get('MUJOCO_GL')} (try egl or "
+                             f"osmesa): {str(error).splitlines()[0]}") from None
 
     @staticmethod
     def _make(env_id, **kwargs):
@@ -220,7 +237,7 @@ class TaskEnv:
         env = self.env.unwrapped
         self._episode = (env.np_random.bit_generator.state, [])  # all that a replay of this episode needs
         self.obs, _ = self.env.reset()
-        if hasattr(self.task, "perturb"):
+        if self.source and hasattr(self.task, "perturb"):
             qpos, qvel = env.data.qpos.copy(), env.data.qvel.copy()
             self.task.perturb(qpos, env.np_random)
             env.set_state(qpos, qvel)

@@ -62,10 +62,8 @@ share, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number 
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description="World Model-based Experience Transfer: learn in a source task, imagine reliable experience with "
-        "the world model, learn the target task from it and from online data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = {"action": argparse.BooleanOptionalAction}
 
     g = parser.add_argument_group("task")
@@ -290,19 +288,17 @@ class Log:
         print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
 
 
-class Interrupt:
+def catch_interrupts(run):
     """Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; a second one at once, without."""
-
-    def __init__(self):
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.ask)
-
-    def ask(self, *_):
-        if self.asked:
+    def ask(*_):
+        if run.interrupted:
             raise KeyboardInterrupt
-        self.asked = True
+        run.interrupted = True
         print("\nstopping after this step (or this round), with a checkpoint; again: at once", file=sys.stderr)
+
+    run.interrupted = False
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, ask)
 
 
 def keep_freed_memory():
@@ -363,6 +359,7 @@ def build(args, run_dir):
 def planner(run, penalty_coef):
     """MPC in the world model under the source task's reward, guided by the source agent."""
     args, source, task = run.args, run.source, run.source.env.task
+    # Deviation: two lambdas, for a penalty while collecting suppresses the exploration that the model needs
     return MPC(run.model.step, task.reward, task.terminated, source.env.action_dim, horizon=args.horizon,
                population=args.population, elites=args.elites, iterations=args.iterations, momentum=args.momentum,
                init_std=args.init_std, noise_beta=args.noise_beta, keep_elites=args.keep_elites,
@@ -469,7 +466,7 @@ def learn(run, name):
     prior = run.prior if name == "target" else None
     run.log.pace, text, info = (time.time(), side.step), "", {}
     while side.step < steps:
-        if run.interrupt.asked:
+        if run.interrupted:
             save(run.dir / "checkpoint.pt", state_dict(run))
             raise KeyboardInterrupt
         if env.obs is None:
@@ -539,14 +536,12 @@ def fit(run, epochs):
     args = run.args
     parts = [run.source.buffer, run.target.buffer] + ([run.prior] if args.refit_on_imagined else [])
     # Deviation: the paper refits on D_S and D_T; here D_S, the model's own samples, only by flag
-    columns = {key: torch.cat([part.filled()[key] for part in parts])
-               for key in ("obs", "action", "next_obs", "features")}
-    began = time.time()
+    keys, began = ("obs", "action", "next_obs", "features"), time.time()
+    columns = {key: torch.cat([part.filled()[key] for part in parts]) for key in keys}
     result = run.model.fit(**columns, lr=args.model_lr, batch_size=args.model_batch_size, max_epochs=epochs)
     run.holdout_mse = result["holdout_mse"]
-    held = {key: values[result["holdout"]] for key, values in columns.items()}
-    pairs = torch.stack([run.model.uncertainty(held["obs"], held["action"]), run.model.error(**held)], 1)
-    np.savetxt(run.dir / "model_error.csv", pairs.cpu().numpy(), "%.5g", ",", header="u,error", comments="")
+    pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
+    np.savetxt(run.dir / "model_error.csv", pairs, "%.5g", ",", header="u,error", comments="")
     run.log.note(f"model   fit on {len(columns['obs']):,} transitions: {result['epochs']} epochs, holdout MSE "
                  f"{run.holdout_mse:.4f} of the variance, {time.time() - began:.0f} s")
 
@@ -563,7 +558,8 @@ def generate(run):
     act = planner(run, args.plan_penalty_coef).act
     if args.generate_in == "model":
         n_reset = round(args.reset_share * n)
-        # resets draw from the initial-state distribution and take no step in the environment
+        # Deviation: most start from states of the source data, for trajectories from resets are nearly alike; a reset
+        # draws from the initial-state distribution and takes no step in the environment
         env = source.evaluation[0]
         env.seed(int(run.rng.integers(2**31)))
         resets = [torch.as_tensor(env.reset(), device=device)[None] for _ in range(n_reset)]
@@ -624,7 +620,7 @@ def train(args):
         reuse_source(run, args.source_run)
     run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
     write_config(run_dir, args)
-    run.interrupt = Interrupt()
+    catch_interrupts(run)
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
@@ -661,15 +657,7 @@ def play(args):
     name = "source" if run.phase in ("source", "generate") else "target"
     side, frames = getattr(run, name), None
     if args.gif:
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # no screen: draw off screen
         side.evaluation[0], frames = side.make_env(render_mode="rgb_array"), []
-        try:
-            side.evaluation[0].reset()
-            side.evaluation[0].env.render()
-        except Exception as error:  # whatever the OpenGL at hand raises
-            raise ValueError(f"--gif cannot draw on this machine (MUJOCO_GL is {os.environ.get('MUJOCO_GL')}; try egl "
-                             f"or osmesa): {str(error).splitlines()[0]}") from None
     returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation, frames)
     print(f"{name} task, step {side.step:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
           f"episodes of {lengths.mean():.0f} steps on average")
@@ -690,7 +678,7 @@ def main(argv=None):
         print(f"wombet.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("\nwombet.py: interrupted; --resume RUN_DIR continues from the checkpoint", file=sys.stderr)
+        print("\nwombet.py: interrupted; --resume continues from the checkpoint", file=sys.stderr)
         return 130
     return 0
 

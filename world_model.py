@@ -124,7 +124,7 @@ class WorldModel(nn.Module):
         Args: obs, next_obs (n, d), action (n, A), features (n, f).
 
         Returns {"epochs", "holdout_mse" (normalised units; 1 is what the mean of the data achieves), "holdout_nll",
-        "holdout" (the rows held out)}.
+        "holdout_u", "holdout_error" (u and the true error it stands for, per row held out)}.
         Raises ValueError for fewer than 10 transitions, FloatingPointError when the loss is not finite.
         """
         inputs, targets = torch.cat([obs, action], -1), torch.cat([next_obs - obs, features], -1)
@@ -168,7 +168,9 @@ class WorldModel(nn.Module):
             mean, logvar = self(inputs[held])
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
             mse = (mean.mean(0) - targets[held]).square().mean()
-        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(), "holdout": held}
+        rows = (obs[held], action[held], next_obs[held], features[held])
+        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
+                "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": self.error(*rows)}
 
     def _normalise(self, inputs, targets, obs):
         self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
