@@ -558,7 +558,7 @@ def generate(run):
     act = planner(run, args.plan_penalty_coef).act
     if args.generate_in == "model":
         n_reset = round(args.reset_share * n)
-        # Deviation: most start from states of the source data, for trajectories from resets are nearly alike; a reset
+        # Deviation: some start from states of the source data, for trajectories from resets are nearly alike; a reset
         # draws from the initial-state distribution and takes no step in the environment
         env = source.evaluation[0]
         env.seed(int(run.rng.integers(2**31)))
