@@ -62,8 +62,8 @@ share, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number 
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=48, width=128)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=wide)
     switch = {"action": argparse.BooleanOptionalAction}
 
     g = parser.add_argument_group("task")

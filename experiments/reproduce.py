@@ -2,7 +2,7 @@
 
     python experiments/reproduce.py transfer --jobs 2
 
-Runs go to runs/<topic>/; the config.json and progress.csv of each go to results/<topic>/ as it ends.
+Runs go to runs/<topic>/; config.json, progress.csv and model_error.csv of each go to results/<topic>/ as it ends.
 """
 
 import argparse
@@ -43,8 +43,9 @@ def run(topic, folder, flags):
                               env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if code == 0:
         kept.mkdir(parents=True)
-        for name in ("config.json", "progress.csv"):
-            shutil.copy(out / folder / name, kept)
+        for name in ("config.json", "progress.csv", "model_error.csv"):
+            if (out / folder / name).exists():  # learning from scratch has no model
+                shutil.copy(out / folder / name, kept)
     print(f"{folder}: " + ("done" if code == 0 else f"exit code {code}, see {out / folder}.log"), flush=True)
     return code
 
