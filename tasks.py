@@ -85,7 +85,8 @@ class Locomotion:
         if source and ctrl_cost_factor is not None:
             factor = ctrl_cost_factor
         self.ctrl_cost = cost * factor * self.action_scale**2  # on actions in [-1, 1]
-        self.env_kwargs = {"reset_noise_scale": noise * (reset_noise_factor if source else 1.0)}
+        noise = noise * (reset_noise_factor if source else 1.0)
+        self.env_kwargs = {"reset_noise_scale": noise, "camera_name": "track"}  # the camera is for --gif alone
 
     def reward(self, obs, action, next_obs, features):
         speed = features[..., 0].clamp(max=self.speed_cap)
