@@ -14,7 +14,9 @@ import wombet
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
           --random-steps 60 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2 --refit-epochs 1
-          --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50 --imagined-trajectories 8 --imagined-length 10 --population 8 --elites 4 --policy-samples 4 --batch-size 16
+          --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50 --imagined-trajectories 8
+          --imagined-length 10
+          --population 8 --elites 4 --policy-samples 4 --batch-size 16
           --utd 2 --device cpu""".split()
 
 
