@@ -109,9 +109,7 @@ def mixed_batch(prior, online, alpha, batch_size, slices):
 
     Returns ({key: (slices, batch_size, ...)}, n_prior): the first n_prior rows of every slice are from D_S.
     """
-    if prior is None:
-        return online.sample(slices, batch_size), 0
-    n_prior = batch_size if online.size == 0 else round(alpha * batch_size)
+    n_prior = 0 if prior is None else batch_size if online.size == 0 else round(alpha * batch_size)
     if n_prior == 0:
         return online.sample(slices, batch_size), 0
     batch = prior.sample(slices, n_prior)

@@ -64,9 +64,13 @@ class WorldModel(nn.Module):
         weight, bias = self.weights[-1][..., :out], self.biases[-1][..., :out]
         return torch.baddbmm(bias, self._trunk(inputs), weight) * self.varies
 
+    def _root_d(self):
+        """sqrt of the number of target dimensions that vary: what makes u and the error distances per dimension."""
+        return math.sqrt(max(float(self.varies.sum()), 1.0))
+
     def _disagreement(self, mean, inputs):
         """u (B,) from the members' means (E, B, d+f)."""
-        root_d = math.sqrt(max(float(self.varies.sum()), 1.0))
+        root_d = self._root_d()
         if self.uncertainty_kind == "std":
             return mean.std(0, correction=0).norm(dim=-1) / root_d
         if self.uncertainty_kind == "variance":
@@ -112,7 +116,7 @@ class WorldModel(nn.Module):
         """The true error that u stands for: |mean of the members' means - truth| / sqrt(d), (B,), in u's units."""
         mean = self._means(torch.cat([obs, action], -1)).mean(0)
         target = (torch.cat([next_obs - obs, features], -1) - self.target_mean) / self.target_std * self.varies
-        return (mean - target).norm(dim=-1) / math.sqrt(max(float(self.varies.sum()), 1.0))
+        return (mean - target).norm(dim=-1) / self._root_d()
 
     def fit(self, obs, action, next_obs, features, *, lr=1e-3, batch_size=256, max_epochs=40,
             patience=5, holdout=0.1, max_holdout=5000):
