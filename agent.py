@@ -194,21 +194,26 @@ class CriticEnsemble(nn.Module):
         self.biases = nn.ParameterList([uniform(b, 1, o) for b, o in zip(bounds, sizes[1:])])
         self.gains = nn.ParameterList([nn.Parameter(torch.ones(n_critics, 1, o)) for o in hidden if layer_norm])
         self.shifts = nn.ParameterList([nn.Parameter(torch.zeros(n_critics, 1, o)) for o in hidden if layer_norm])
+        # the same parameters by layer: looking one up in a ParameterList takes as long as a small operation
+        norms = [*zip(self.gains, self.shifts), *[()] * (len(sizes) - 1 - len(self.gains))]
+        self.layers = [(w, b, *norm) for w, b, norm in zip(self.weights, self.biases, norms)]
 
     def features(self, obs, action):
         """psi: obs (B, obs_dim), action (B, action_dim) -> (N, B, hidden[-1])."""
-        x = torch.cat([obs, action], -1).expand(len(self.weights[0]), -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1])):
+        x = torch.cat([obs, action], -1).expand(self.layers[0][0].shape[0], -1, -1)
+        for weight, bias, *norm in self.layers[:-1]:
             x = torch.baddbmm(bias, x, weight)
             if self.layer_norm:
-                x = torch.addcmul(self.shifts[i], F.layer_norm(x, x.shape[-1:]), self.gains[i])
+                gain, shift = norm
+                x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), gain)
             x = x.relu_()
         return x
 
     def forward(self, obs, action):
         """obs (B, obs_dim), action (B, action_dim) -> values (N, B)."""
         # a product and a sum: faster on the CPU than a matrix product with one column
-        return (self.features(obs, action) * self.weights[-1].mT).sum(-1) + self.biases[-1].squeeze(-1)
+        weight, bias = self.layers[-1]
+        return (self.features(obs, action) * weight.mT).sum(-1) + bias.squeeze(-1)
 
 
 class SAC:
@@ -246,6 +251,8 @@ class SAC:
         adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_temperature])
         self.critic_optimizer = adam(self.critic.parameters())
+        # lists, for walking through a module's parameters takes longer than moving them
+        self.critic_parameters, self.target_parameters = list(self.critic.parameters()), list(self.target_critic.parameters())
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
@@ -259,16 +266,26 @@ class SAC:
         return self.target_critic(obs, self.act(obs, deterministic=True)).mean(0)
 
     @torch.no_grad()
-    def target(self, reward, terminated, next_obs, uncertainty):
-        """The robust Bellman target y of eqs. 7 and 9: all (B,) but next_obs (B, obs_dim) -> (B,)."""
-        next_action, log_prob = self.actor.sample(next_obs)
-        values = self.target_critic(next_obs, next_action)
+    def backup(self, batch):
+        """The part of y that no critic has a say in, for all slices at once: the actor is the same in all of them.
+
+        batch: {key: (slices, B, ...)} -> penalised reward with the entropy's value (slices, B), factor of the value of
+        s' (slices, B), next action (slices, B, A).
+        """
+        next_action, log_prob = self.actor.sample(batch["next_obs"])
+        factor = self.discount * (1 - batch["terminated"])
+        reward = batch["reward"] - self.penalty_coef * batch["uncertainty"]
+        if self.backup_entropy:
+            reward = reward - factor * self.log_temperature.exp() * log_prob
+        return reward, factor, next_action
+
+    @torch.no_grad()
+    def least_value(self, obs, action):
+        """Minimum of the target networks in eq. 9, over all or over a random subset: (B, ...) each -> (B,)."""
+        values = self.target_critic(obs, action)
         if self.min_critics < self.n_critics:
             values = values[torch.randperm(self.n_critics, device=values.device)[: self.min_critics]]
-        value = values.amin(0)
-        if self.backup_entropy:
-            value = value - self.log_temperature.exp() * log_prob
-        return reward - self.penalty_coef * uncertainty + self.discount * (1 - terminated) * value
+        return values.amin(0)
 
     def update(self, batch, n_prior=0):
         """One critic update on each slice, then one of the actor and the temperature on the last slice.
@@ -279,12 +296,11 @@ class SAC:
         Returns a dict of scalar tensors; td_error is the mean of |mean_i Q_i - y| over the target rows, before the
         updates (NaN where there are none).
         """
-        slices = len(batch["obs"])
-        td_error = 0.0
+        slices, td_error = len(batch["obs"]), 0.0
+        reward, factor, next_action = self.backup(batch)
         for k in range(slices):
-            part = {key: values[k] for key, values in batch.items()}
-            y = self.target(part["reward"], part["terminated"], part["next_obs"], part["uncertainty"])
-            q = self.critic(part["obs"], part["action"])
+            y = reward[k] + factor[k] * self.least_value(batch["next_obs"][k], next_action[k])
+            q = self.critic(batch["obs"][k], batch["action"][k])
             # mean over the batch, sum over critics: a critic's step does not depend on how many there are
             critic_loss = (q - y).square().mean(1).sum()
             self.critic_optimizer.zero_grad()
@@ -292,9 +308,9 @@ class SAC:
             self.critic_optimizer.step()
             with torch.no_grad():
                 td_error = td_error + (q.mean(0) - y)[n_prior:].abs().mean() / slices
-                torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.polyak)
+                torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.polyak)
         info = {"critic_loss": critic_loss.detach() / self.n_critics, "td_error": td_error, "q_mean": q.detach().mean()}
-        info.update(self.update_actor(part["obs"]))
+        info.update(self.update_actor(batch["obs"][-1]))
         return info
 
     def update_actor(self, obs):
