@@ -283,19 +283,27 @@ class SAC:
         td_error = 0.0
         for k in range(slices):
             part = {key: values[k] for key, values in batch.items()}
-            y = self.target(part["reward"], part["terminated"], part["next_obs"], part["uncertainty"])
-            q = self.critic(part["obs"], part["action"])
-            # mean over the batch, sum over critics: a critic's step does not depend on how many there are
-            critic_loss = (q - y).square().mean(1).sum()
-            self.critic_optimizer.zero_grad()
-            critic_loss.backward()
-            self.critic_optimizer.step()
-            with torch.no_grad():
-                td_error = td_error + (q.mean(0) - y)[n_prior:].abs().mean() / slices
-                torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.polyak)
-        info = {"critic_loss": critic_loss.detach() / self.n_critics, "td_error": td_error, "q_mean": q.detach().mean()}
-        info.update(self.update_actor(part["obs"]))
-        return info
+            info = self.update_critic(part, n_prior)
+            td_error = td_error + info["td_error"] / slices
+        return {**info, "td_error": td_error, **self.update_actor(part["obs"])}
+
+    def update_critic(self, part, n_prior=0):
+        """One step of the critics on the mean of (Q_i - y)^2 over one slice {key: (B, ...)}; scalar tensors."""
+        y = self.target(part["reward"], part["terminated"], part["next_obs"], part["uncertainty"])
+        q = self.critic(part["obs"], part["action"])
+        # mean over the batch, sum over critics: a critic's step does not depend on how many there are
+        critic_loss = (q - y).square().mean(1).sum()
+        self.step_critic(critic_loss)
+        td_error = (q.detach().mean(0) - y)[n_prior:].abs().mean()
+        return {"critic_loss": critic_loss.detach() / self.n_critics, "td_error": td_error, "q_mean": q.detach().mean()}
+
+    def step_critic(self, loss):
+        """One optimiser step on a loss, and one of the target networks after the critics."""
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.polyak)
 
     def update_actor(self, obs):
         """One step on E[temperature * log pi(a|s) - Q(s, a)] and on the temperature: obs (B, obs_dim)."""
