@@ -39,7 +39,8 @@ def build_parser():
 
 
 def check(args):
-    common.need(round(args.real_ratio * args.batch_size) > 0, f"--real-ratio {args.real_ratio} leaves no data in a batch")
+    common.need(round(args.real_ratio * args.batch_size) > 0,
+                f"--real-ratio {args.real_ratio} leaves no data in a batch")
 
 
 def make_agent(args, env):

@@ -30,9 +30,9 @@ from torch import nn
 
 from agent import ReplayBuffer
 from tasks import TaskEnv, evaluate
-from wombet import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, load, load_log_and_generators, log_and_generators,
-                    need, new_parser, nonnegative, open_run, positive, read_config, run_program, save, share, show,
-                    source_quantities, write_config)
+from wombet import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, load, load_log_and_generators,
+                    log_and_generators, need, new_parser, nonnegative, open_run, positive, read_config, run_program,
+                    save, share, show, source_quantities, write_config)
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -251,6 +251,8 @@ def train(args, make_agent, program):
         run.phase = "target"
     online(run, steps)
     save(run.dir / "checkpoint.pt", state_dict(run))
+    if vars(args).get("save_dataset"):
+        run.buffer.save(run.dir / "dataset.npz")
     run.log.note(f"done in {run.log.wall_clock / 60:.1f} min: {run.dir}/progress.csv, checkpoint.pt")
 
 

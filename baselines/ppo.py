@@ -73,8 +73,7 @@ def orthogonal(layer, gain):
 
 
 class PPO:
-    """Args: steps: the whole run's, over which the learning rate falls to 0. normalise_obs, normalise_rewards: switches;
-    others as in the flags."""
+    """Args: steps: the whole run's, over which the learning rate falls to 0 (anneal_lr). others: as their flags say."""
 
     PARTS = ("actor", "value", "optimizer", "obs_moments", "return_moments")
     VALUES = ("updates", "batches", "running_return")

@@ -67,6 +67,7 @@ def build_parser():
     g = common.agent_flags(parser, "SAC", actor_lr=3e-4, critic_lr=1e-3, batch_size=256, hidden=256, layers=2,
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None, random_steps=5000)
     g.add_argument("--policy-delay", type=common.count, default=2, help="critic steps between the actor's")
+    g.add_argument("--save-dataset", action="store_true", help="write the replay buffer to dataset.npz at the end")
     g.add_argument("--backup-entropy", **common.SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
     return parser

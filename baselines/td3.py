@@ -76,7 +76,7 @@ class TD3:
 
 def noise_flags(g):
     g.add_argument("--exploration", type=common.nonnegative, default=0.1, help="std of the noise on actions in [-1, 1]")
-    g.add_argument("--target-noise", type=common.nonnegative, default=0.2, help="std of the noise on the target's action")
+    g.add_argument("--target-noise", type=common.nonnegative, default=0.2, help="std of the target action's noise")
     g.add_argument("--noise-clip", type=common.nonnegative, default=0.5, help="most of that noise")
     g.add_argument("--policy-delay", type=common.count, default=2, help="critic steps between the actor's")
 
