@@ -251,8 +251,9 @@ class SAC:
         adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_temperature])
         self.critic_optimizer = adam(self.critic.parameters())
-        # lists, for walking through a module's parameters takes longer than moving them
-        self.critic_parameters, self.target_parameters = list(self.critic.parameters()), list(self.target_critic.parameters())
+        # lists, for walking through a module's parameters takes as long as moving them
+        self.critic_parameters = list(self.critic.parameters())
+        self.target_parameters = list(self.target_critic.parameters())
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
@@ -267,25 +268,25 @@ class SAC:
 
     @torch.no_grad()
     def backup(self, batch):
-        """The part of y that no critic has a say in, for all slices at once: the actor is the same in all of them.
+        """The batch and what of y no critic has a say in: for all slices at once, since they share the actor.
 
-        batch: {key: (slices, B, ...)} -> penalised reward with the entropy's value (slices, B), factor of the value of
-        s' (slices, B), next action (slices, B, A).
+        batch: {key: (..., B, ...)}; adds next_action (..., B, A), the value's factor (..., B) and the penalised reward
+        with the entropy's value (..., B).
         """
         next_action, log_prob = self.actor.sample(batch["next_obs"])
         factor = self.discount * (1 - batch["terminated"])
-        reward = batch["reward"] - self.penalty_coef * batch["uncertainty"]
+        base = batch["reward"] - self.penalty_coef * batch["uncertainty"]
         if self.backup_entropy:
-            reward = reward - factor * self.log_temperature.exp() * log_prob
-        return reward, factor, next_action
+            base = base - factor * self.log_temperature.exp() * log_prob
+        return {**batch, "next_action": next_action, "factor": factor, "base": base}
 
     @torch.no_grad()
-    def least_value(self, obs, action):
-        """Minimum of the target networks in eq. 9, over all or over a random subset: (B, ...) each -> (B,)."""
-        values = self.target_critic(obs, action)
+    def target(self, part):
+        """The robust Bellman target y (B,) of eqs. 7 and 9, of one slice that `backup` has seen."""
+        values = self.target_critic(part["next_obs"], part["next_action"])
         if self.min_critics < self.n_critics:
             values = values[torch.randperm(self.n_critics, device=values.device)[: self.min_critics]]
-        return values.amin(0)
+        return part["base"] + part["factor"] * values.amin(0)
 
     def update(self, batch, n_prior=0):
         """One critic update on each slice, then one of the actor and the temperature on the last slice.
@@ -297,21 +298,29 @@ class SAC:
         updates (NaN where there are none).
         """
         slices, td_error = len(batch["obs"]), 0.0
-        reward, factor, next_action = self.backup(batch)
+        batch = self.backup(batch)
         for k in range(slices):
-            y = reward[k] + factor[k] * self.least_value(batch["next_obs"][k], next_action[k])
-            q = self.critic(batch["obs"][k], batch["action"][k])
-            # mean over the batch, sum over critics: a critic's step does not depend on how many there are
-            critic_loss = (q - y).square().mean(1).sum()
-            self.critic_optimizer.zero_grad()
-            critic_loss.backward()
-            self.critic_optimizer.step()
-            with torch.no_grad():
-                td_error = td_error + (q.mean(0) - y)[n_prior:].abs().mean() / slices
-                torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.polyak)
-        info = {"critic_loss": critic_loss.detach() / self.n_critics, "td_error": td_error, "q_mean": q.detach().mean()}
-        info.update(self.update_actor(batch["obs"][-1]))
-        return info
+            info = self.update_critic({key: values[k] for key, values in batch.items()}, n_prior)
+            td_error = td_error + info["td_error"] / slices
+        return {**info, "td_error": td_error, **self.update_actor(batch["obs"][-1])}
+
+    def update_critic(self, part, n_prior=0):
+        """One step of the critics on the mean of (Q_i - y)^2 over one slice that `backup` has seen; scalar tensors."""
+        y = self.target(part)
+        q = self.critic(part["obs"], part["action"])
+        # mean over the batch, sum over critics: a critic's step does not depend on how many there are
+        critic_loss = (q - y).square().mean(1).sum()
+        self.step_critic(critic_loss)
+        td_error = (q.detach().mean(0) - y)[n_prior:].abs().mean()
+        return {"critic_loss": critic_loss.detach() / self.n_critics, "td_error": td_error, "q_mean": q.detach().mean()}
+
+    def step_critic(self, loss):
+        """One optimiser step on a loss, and one of the target networks after the critics."""
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.polyak)
 
     def update_actor(self, obs):
         """One step on E[temperature * log pi(a|s) - Q(s, a)] and on the temperature: obs (B, obs_dim)."""

@@ -61,36 +61,44 @@ positive, nonnegative = number(float, "number above zero", 1e-12), number(float,
 share, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number in [0, 100]", 0, 100)
 
 
-def build_parser():
+SWITCH = {"action": argparse.BooleanOptionalAction}
+
+
+def new_parser(doc, name, source=True):
+    """A parser with the flags that every program has (source: those of the source task too), and its budget group."""
     wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=48, width=128)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=wide)
-    switch = {"action": argparse.BooleanOptionalAction}
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=wide)
 
     g = parser.add_argument_group("task")
     g.add_argument("--env", default="Walker2d-v4", help="target: a stock Gymnasium MuJoCo environment")
-    g.add_argument("--source", default="near", help="source task: near, or (locomotion) backward or stand")
-    g.add_argument("--source-speed-cap", type=float, help="m/s that near pays up to (HalfCheetah: 3, others: 1)")
-    g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
-    g.add_argument("--source-goal-shift", type=float, help="shift of the source's goal, m (Pusher .15, Reacher .05)")
-    g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
+    if source:
+        g.add_argument("--source", default="near", help="source task: near, or (locomotion) backward or stand")
+        g.add_argument("--source-speed-cap", type=float, help="m/s that near pays up to (HalfCheetah: 3, others: 1)")
+        g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
+        g.add_argument("--source-goal-shift", type=float, help="the goal's shift, m (Pusher .15, Reacher .05)")
+        g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
 
     g = parser.add_argument_group("run")
     g.add_argument("--seed", type=amount, default=0, help="of networks, exploration and initial states")
-    g.add_argument("--name", default="wombet", help="second part of the run folder's name; plots group by it")
+    g.add_argument("--name", default=name, help="second part of the run folder's name; plots group by it")
     g.add_argument("--out", default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
     g.add_argument("--threads", type=count, default=1, help="CPU threads of the tensor library")
     g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
     g.add_argument("--resume", metavar="RUN_DIR", help="continue that run, with its flags unless given anew here")
-    g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
     g.add_argument("--evaluate", metavar="RUN_DIR", help="only play that run's policy, and print its return")
     g.add_argument("--gif", metavar="FILE", help="with --evaluate: draw the first episode")
 
     g = parser.add_argument_group("budget")
-    g.add_argument("--source-steps", type=count, default=20_000, help="environment steps in the source task")
-    g.add_argument("--target-steps", type=count, default=25_000, help="environment steps in the target task")
     g.add_argument("--eval-every", type=count, default=2500, help="environment steps between evaluations")
     g.add_argument("--eval-episodes", type=count, default=10, help="episodes in an evaluation (deterministic policy)")
+    return parser, g
+
+
+def build_parser():
+    parser, g = new_parser(__doc__, "wombet")
+    g.add_argument("--source-steps", type=count, default=20_000, help="environment steps in the source task")
+    g.add_argument("--target-steps", type=count, default=25_000, help="environment steps in the target task")
 
     g = parser.add_argument_group("world model (section 4.1)")
     g.add_argument("--members", type=count, default=5, help="ensemble members E")
@@ -118,7 +126,7 @@ def build_parser():
     g.add_argument("--keep-elites", type=share, default=0.3, help="share of elites kept as candidates")
     g.add_argument("--execute", default="mean", choices=("mean", "best"), help="plan executed: elites' mean or best")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
-    g.add_argument("--guide", **switch, default=True, help="candidates from the source policy, value at the horizon")
+    g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
     g.add_argument("--collect-penalty-coef", type=nonnegative, default=0.0, help="lambda while collecting source data")
     g.add_argument("--plan-penalty-coef", type=nonnegative, default=20.0, help="lambda for generating D_S")
@@ -142,19 +150,20 @@ def build_parser():
     g.add_argument("--utd", type=count, default=4, help="critic updates per environment step")
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
-    g.add_argument("--layer-norm", **switch, default=True, help="LayerNorm in the critics (eq. 8)")
+    g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
     g.add_argument("--lr", type=positive, default=3e-4, help="learning rate of actor, critics and temperature")
     g.add_argument("--discount", type=share, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=share, default=0.005, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=0.1, help="of SAC's entropy term")
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
-    g.add_argument("--backup-entropy", **switch, default=True, help="entropy term in the critics' target")
+    g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
 
     g = parser.add_argument_group("transfer (section 4.6)")
-    g.add_argument("--prior", **switch, default=True, help="learn from D_S; --no-prior: from scratch")
+    g.add_argument("--prior", **SWITCH, default=True, help="learn from D_S; --no-prior: from scratch")
     g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
+    g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=share, default=0.5, help="the share with --alpha-rule fixed")
@@ -163,14 +172,13 @@ def build_parser():
     g.add_argument("--alpha-max", type=share, default=0.5, help="upper end of alpha")
     g.add_argument("--alpha-ema", type=share, default=0.005, help="rate of the |TD error|'s running mean, per step")
     g.add_argument("--refit-every", type=amount, default=10_000, help="target steps between rounds; 0: one round only")
-    g.add_argument("--refit-on-imagined", **switch, default=False, help="refit the model on D_S too")
+    g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit the model on D_S too")
     return parser
 
 
-def parse_args(argv=None):
-    """The flags; of a resumed run its own, where argv does not give them anew. Bad ones raise ValueError."""
-    parser = build_parser()
-
+def parse_args(argv, parser, check):
+    """The flags; of a resumed run its own, where argv does not give them anew. Bad ones raise ValueError, as does
+    check(args) where they contradict each other."""
     def error(message):  # argparse's own prints the usage, two pages of it
         raise ValueError(message)
 
@@ -181,30 +189,30 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_args(args)
+    try:
+        torch.empty(1, device=args.device)
+    except Exception as error:
+        raise ValueError(f"--device {args.device} is not there: {str(error).splitlines()[0]}") from None
+    need(not (args.gif and not args.evaluate), "--gif draws an evaluation: give --evaluate RUN_DIR too")
+    check(args)
     return args
 
 
-def check_args(args):
-    """ValueError where flags contradict each other or the machine."""
-    def need(ok, message):
-        if not ok:
-            raise ValueError(message)
+def need(ok, message):
+    if not ok:
+        raise ValueError(message)
 
+
+def check_args(args):
     need(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
     need(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
     need(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
     need(args.horizon <= args.imagined_length,
          f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
     need(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
-    need(not (args.gif and not args.evaluate), "--gif draws an evaluation: give --evaluate RUN_DIR too")
     need(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     need(args.prior or not (args.offline_data or args.source_run),
          "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
-    try:
-        torch.empty(1, device=args.device)
-    except Exception as error:
-        raise ValueError(f"--device {args.device} is not there: {str(error).splitlines()[0]}") from None
 
 
 # ------------------------------------------------------------------------------------------- files, log, interruptions
@@ -238,7 +246,7 @@ def save(path, state):
     os.replace(temporary, path)
 
 
-def load(path, device):
+def load(path, device, program="wombet"):
     """Reads a checkpoint; ValueError where it is missing, cut short or of another program."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -246,8 +254,8 @@ def load(path, device):
         raise ValueError(f"{path} does not exist: the run has left no checkpoint yet") from None
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint, or is cut short: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or "wombet" not in state:
-        raise ValueError(f"{path} is not a checkpoint of wombet.py")
+    if not isinstance(state, dict) or program not in state:
+        raise ValueError(f"{path} is not a checkpoint of {program}.py")
     return state
 
 
@@ -314,18 +322,30 @@ def keep_freed_memory():
 # --------------------------------------------------------------------------------------------------------------- set-up
 
 
+def open_run(args, program):
+    """The folder of the run, and the checkpoint that it goes on from (None for a new run)."""
+    if args.resume:
+        return Path(args.resume), load(Path(args.resume) / "checkpoint.pt", args.device, program)
+    run_dir = Path(args.out) / f"{args.env}__{args.name}__{args.seed}"
+    need(not run_dir.exists(), f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name")
+    return run_dir, None
+
+
+def source_quantities(args):
+    names = ("speed_cap", "ctrl_cost_factor", "goal_shift", "reset_noise_factor")
+    return {name: getattr(args, f"source_{name}") for name in names}
+
+
 def build(args, run_dir):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), episodes=0, fitted_at=0,
                           phase="source" if args.prior else "target", thresholds=None, acceptance=None,
                           holdout_mse=None, rng=np.random.default_rng(args.seed))
-    quantities = {"speed_cap": args.source_speed_cap, "ctrl_cost_factor": args.source_ctrl_cost_factor,
-                  "goal_shift": args.source_goal_shift, "reset_noise_factor": args.source_reset_noise_factor}
 
     def side(source, steps, offset):
         """One task's environments, agent and data."""
-        make_env = functools.partial(TaskEnv, args.env, source, **(quantities if source else {}))
+        make_env = functools.partial(TaskEnv, args.env, source, **(source_quantities(args) if source else {}))
         env = make_env(seed=2 * args.seed + offset)
         evaluation = [make_env() for _ in range(args.eval_episodes)]
         agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics,
@@ -375,10 +395,7 @@ RUN_VALUES = ("phase", "thresholds", "acceptance", "holdout_mse", "episodes", "f
 def state_dict(run):
     """The whole run as tensors and plain values."""
     state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, "td_error": run.mix.td_error,
-             "rows": run.log.rows, "wall_clock": run.log.wall_clock,
-             "torch_rng": torch.get_rng_state(), "numpy_rng": run.rng.bit_generator.state}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+             **log_and_generators(run)}
     for name in ("source", "target"):
         if (side := getattr(run, name)) is not None:
             state[name] = {part: getattr(side, part).state_dict() for part in ("env", "agent", "buffer")}
@@ -411,6 +428,12 @@ def load_state_dict(run, state):
         raise ValueError(f"the checkpoint does not fit these flags: {str(error).splitlines()[0]}") from None
     run.mix.td_error = state["td_error"]
     load_log_and_generators(run, state)
+
+
+def log_and_generators(run):
+    state = {"rows": run.log.rows, "wall_clock": run.log.wall_clock, "torch_rng": torch.get_rng_state(),
+             "numpy_rng": run.rng.bit_generator.state}
+    return {**state, "cuda_rng": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else state
 
 
 def load_log_and_generators(run, state):
@@ -603,13 +626,7 @@ def generate(run):
 
 def train(args):
     """The method, from the first phase that is not done yet."""
-    if args.resume:
-        run_dir = Path(args.resume)
-        state = load(run_dir / "checkpoint.pt", args.device)
-    else:
-        run_dir, state = Path(args.out) / f"{args.env}__{args.name}__{args.seed}", None
-        if run_dir.exists():
-            raise ValueError(f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name")
+    run_dir, state = open_run(args, "wombet")
     run = build(args, run_dir)
     if state is not None:
         load_state_dict(run, state)
@@ -655,32 +672,42 @@ def play(args):
     run = build(flags, run_dir)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
-    side, frames = getattr(run, name), None
-    if args.gif:
-        side.evaluation[0], frames = side.make_env(render_mode="rgb_array"), []
+    show(getattr(run, name), name, args.gif)
+
+
+def show(side, name, gif):
+    """Plays a side's evaluation episodes, prints their return, draws the first to the file `gif`, if one is given."""
+    frames = [] if gif else None
+    if gif:
+        side.evaluation[0] = side.make_env(render_mode="rgb_array")
     returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation, frames)
     print(f"{name} task, step {side.step:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
           f"episodes of {lengths.mean():.0f} steps on average")
-    if args.gif:
+    if gif:
         from plot import write_gif  # matplotlib is slow to import
 
-        write_gif(frames[:600:2], args.gif)
-        print(f"{args.gif}: the first episode, every second step, 300 pictures at most")
+        write_gif(frames[:600:2], gif)
+        print(f"{gif}: the first episode, every second step, 300 pictures at most")
 
 
-def main(argv=None):
+def run_program(program, argv, parser, check, train, play):
+    """Parses argv, then calls train(args), or with --evaluate play(args); returns the exit code."""
     try:
-        args = parse_args(argv)
+        args = parse_args(argv, parser, check)
         torch.set_num_threads(args.threads)
         keep_freed_memory()
         play(args) if args.evaluate else train(args)
     except (ValueError, FloatingPointError) as error:
-        print(f"wombet.py: {error}", file=sys.stderr)
+        print(f"{program}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("\nwombet.py: interrupted; --resume continues from the checkpoint", file=sys.stderr)
+        print(f"\n{program}.py: interrupted; --resume continues from the checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv=None):
+    return run_program("wombet", argv, build_parser(), check_args, train, play)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""COMBO: conservative offline model-based policy optimisation (Yu et al., 2021, arXiv:2102.08363).
+
+    python baselines/combo.py --env Walker2d-v4 --dataset runs/.../dataset.npz
+
+CQL (cql.py) on a mix d_f of data, to a share f of `real_ratio`, and rollouts in a learned model (mopo.py), without a
+penalty on uncertainty: what is imagined is pushed down, what is seen is pushed up (eq. 2),
+
+    critic  E_(d_f) (Q_i(s, a) - y)^2 + beta (E_(s in d_f) log int exp Q_i(s, a') da' - E_(s, a in data) Q_i(s, a))
+
+Details as in OfflineRL-Kit's run_combo.py: rho is the mix, critics and actor have three layers, no entropy in y.
+Deviations: those of mopo.py's rollouts. Online (not in the paper): new steps join the data; the model stays.
+"""
+
+import sys
+
+import common  # before cql: it puts the repository's root on the path
+from cql import CQL, cql_arguments, cql_flags
+from mopo import make_imagination, model_flags
+
+
+class COMBO(CQL):
+    """Args: imagination: mopo.Imagination without a penalty. others: CQL's, whose alpha is COMBO's beta."""
+
+    PARTS = (*CQL.PARTS, "imagination")
+
+    def __init__(self, obs_dim, action_dim, *, imagination, **others):
+        super().__init__(obs_dim, action_dim, **others)
+        self.imagination, self.prepare = imagination, imagination.fit
+
+    def learn(self, buffer):
+        return self.learn_from(*self.imagination.batch(buffer, self.act, self.updates, self.batch_size))
+
+
+def build_parser():
+    parser = common.offline_parser(__doc__, "combo")
+    cql_flags(parser, "COMBO", alpha=0.5)
+    model_flags(parser, real_ratio=0.5)
+    return parser
+
+
+def check(args):
+    common.need(round(args.real_ratio * args.batch_size) > 0,
+                f"--real-ratio {args.real_ratio} leaves no data in a batch")
+
+
+def make_agent(args, env):
+    return COMBO(**cql_arguments(args, env), imagination=make_imagination(args, env))
+
+
+def main(argv=None):
+    return common.main("combo", build_parser(), make_agent, argv, check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""What the baselines share: flags, the online and the offline loop, checkpoints, and a few small networks.
+
+A baseline is a parser and an agent. The agent has
+    act(obs, deterministic=False) -> action     obs (..., d), array or tensor -> tensor (..., A)
+    learn(buffer) -> {name: scalar}             one training step ({} where it waits); stops the run if a *loss is not
+                                                finite; q_mean, temperature, td_error, model_holdout_mse are logged
+    updates                                     gradient steps so far (of the critics, where there are any)
+    state_dict(), load_state_dict(state)        all that it has learned, optimisers included
+and, optionally,
+    prepare(buffer, note)                       once, before it learns from a dataset (it may return a dict as learn)
+    start_online()                              once, between the dataset and the target environment
+
+A run is a folder as wombet.py leaves it. Its phases: "offline", counted by `updates`, on --dataset; then "target",
+counted by `env_steps`, online in the target environment. The target's first row, at step 0, is the offline result.
+"""
+
+import copy
+import functools
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files that this one builds on lie there
+
+import numpy as np
+import torch
+from torch import nn
+
+from agent import ReplayBuffer
+from tasks import TaskEnv, evaluate
+from wombet import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, load, load_log_and_generators,
+                    log_and_generators, need, new_parser, nonnegative, open_run, positive, read_config, run_program,
+                    save, share, show, source_quantities, write_config)
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def online_parser(doc, name, steps, eval_every=5000):
+    """A parser with the flags of an online baseline."""
+    parser, g = new_parser(doc, name, source=False)
+    parser.set_defaults(eval_every=eval_every)
+    g.add_argument("--target-steps", type=count, default=steps, help="environment steps")
+    return parser
+
+
+def offline_parser(doc, name):
+    """A parser with the flags of a baseline that learns from a dataset; evaluations and checkpoints count updates
+    there, and environment steps online."""
+    parser, g = new_parser(doc, name)
+    parser.set_defaults(eval_every=5000)
+    # Deviation: D4RL's runs take 1,000,000 updates
+    g.add_argument("--offline-updates", type=amount, default=100_000, help="gradient updates on the dataset")
+    g.add_argument("--online-steps", type=amount, default=0, help="steps in the target environment after that")
+    g = parser.add_argument_group("data")
+    g.add_argument("--dataset", metavar="FILE", help=".npz with D4RL's keys, such as a run's dataset.npz (required)")
+    g.add_argument("--source-rewards", action="store_true", help="learn offline from the source task's rewards, "
+                   "recomputed, instead of those in the file")
+    return parser
+
+
+def agent_flags(parser, title, **defaults):
+    """A group with those of the flags below that `defaults` names; returns it."""
+    known = {"batch_size": (count, "transitions per update"), "hidden": (count, "width of a hidden layer"),
+             "layers": (count, "hidden layers"), "lr": (positive, "learning rate of every network"),
+             "actor_lr": (positive, "learning rate of the actor"),
+             "critic_lr": (positive, "learning rate of the critics"), "discount": (share, "gamma"),
+             "polyak": (share, "rate of the target networks"),
+             "init_temperature": (positive, "of SAC's entropy term"),
+             "target_entropy": (float, "nats (default: -action dimension)"),
+             "random_steps": (amount, "uniform actions, without learning, at the start")}
+    group = parser.add_argument_group(title)
+    for name, default in defaults.items():
+        kind, words = known[name]
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=words)
+    return group
+
+
+def check_data(args):
+    need(args.dataset or args.evaluate, "--dataset FILE.npz is required")
+    need(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
+
+
+# ------------------------------------------------------------------------------------------------------------- set-up
+
+
+def read_dataset(args, env):
+    """The dataset with room for the online steps behind it, on the device; ValueError where it does not fit `env`."""
+    data = ReplayBuffer.load(args.dataset, args.device, **env.shapes).filled()
+    data["uncertainty"].zero_()  # it is WOMBET's; to these methods all data is real
+    if args.source_rewards:
+        task = TaskEnv(args.env, args.source, **source_quantities(args)).task
+        need(not task.FEATURES or data["features"].any(),
+             f"{args.dataset} lacks {', '.join(task.FEATURES)} (features), which the source's reward needs")
+        data["reward"] = task.reward(data["obs"], data["action"], data["next_obs"], data["features"])
+    buffer = ReplayBuffer(len(data["obs"]) + args.online_steps, args.device, **env.shapes)
+    buffer.add(**data)
+    return buffer
+
+
+def build(args, run_dir, make_agent, program):
+    """Everything that a run holds and a checkpoint keeps."""
+    torch.manual_seed(args.seed)
+    make_env = functools.partial(TaskEnv, args.env)
+    env, offline = make_env(seed=2 * args.seed), "dataset" in args
+    run = SimpleNamespace(args=args, dir=run_dir, program=program, log=Log(run_dir / "progress.csv"), env=env, step=0,
+                          evaluation=[make_env() for _ in range(args.eval_episodes)], make_env=make_env, info={},
+                          phase="prepare" if offline else "target", rng=np.random.default_rng(args.seed),
+                          dataset_size=0)
+    run.random_steps = vars(args).get("random_steps", 0)
+    run.agent = make_agent(args, env)
+    if offline and not (args.resume or args.evaluate):
+        run.buffer = read_dataset(args, env)
+        run.dataset_size = run.buffer.size
+    else:
+        make_buffer(run)
+    return run
+
+
+def make_buffer(run):
+    """An empty buffer for all that the run will hold; of an on-policy method, which forgets, for one batch."""
+    flags = vars(run.args)
+    steps = flags.get("rollout_steps") or flags.get("target_steps") or run.dataset_size + flags["online_steps"]
+    run.buffer = ReplayBuffer(steps, run.args.device, **run.env.shapes)
+
+
+def state_dict(run):
+    return {run.program: 1, "phase": run.phase, "step": run.step, "dataset_size": run.dataset_size,
+            "info": {key: float(value) for key, value in run.info.items()}, "agent": run.agent.state_dict(),
+            "env": run.env.state_dict(), "buffer": run.buffer.state_dict(), **log_and_generators(run)}
+
+
+def load_state_dict(run, state):
+    try:
+        run.phase, run.step, run.info, run.dataset_size = (state[k] for k in ("phase", "step", "info", "dataset_size"))
+        run.agent.load_state_dict(state["agent"])
+        if not run.args.evaluate:
+            make_buffer(run)  # a dataset's rows are in the checkpoint
+            run.env.load_state_dict(state["env"])
+            run.buffer.load_state_dict(state["buffer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the checkpoint does not fit these flags: {str(error).splitlines()[0]}") from None
+    load_log_and_generators(run, state)
+
+
+# --------------------------------------------------------------------------------------------------------------- loops
+
+
+def report(run, phase, step, steps):
+    """Evaluates the policy: one row of progress.csv, one line on stdout; returns the line's end."""
+    returns, lengths = evaluate(lambda obs: run.agent.act(obs, deterministic=True), run.evaluation)
+    row = {"phase": phase, "env_steps": run.step, "source_steps": 0, "updates": run.agent.updates,
+           "wall_clock": round(run.log.wall_clock, 1), "return_mean": float(returns.mean()),
+           "return_std": float(returns.std()), "length_mean": float(lengths.mean()),
+           "prior_size": run.dataset_size or "", **{k: float(v) for k, v in run.info.items() if k in COLUMNS}}
+    text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    run.log.row(row)
+    run.log.live(phase, step, steps, text, force=True)
+    return text
+
+
+def learn(run):
+    """One training step of the agent; stops the run when a loss is not finite."""
+    info = run.agent.learn(run.buffer)
+    if not math.isfinite(sum(float(value) for key, value in info.items() if key.endswith("loss"))):
+        save(run.dir / "nonfinite.pt", state_dict(run))
+        raise FloatingPointError(f"the loss is not finite after {run.agent.updates} updates; the state is in "
+                                 f"{run.dir / 'nonfinite.pt'}, the last good one in checkpoint.pt")
+    run.info.update(info)
+
+
+def stop_if_interrupted(run):
+    if run.interrupted:
+        save(run.dir / "checkpoint.pt", state_dict(run))
+        raise KeyboardInterrupt
+
+
+def offline(run):
+    """Updates on the dataset alone."""
+    args, agent, text = run.args, run.agent, ""
+    run.log.pace = (time.time(), agent.updates)
+    while agent.updates < args.offline_updates:
+        stop_if_interrupted(run)
+        learn(run)
+        done = agent.updates
+        if done % args.eval_every == 0 or done == args.offline_updates:
+            text = report(run, "offline", done, args.offline_updates)
+        if done % args.checkpoint_every == 0:
+            save(run.dir / "checkpoint.pt", state_dict(run))
+        run.log.live("offline", done, args.offline_updates, text)
+
+
+def online(run, steps):
+    """Act, store, learn, in the target environment."""
+    args, env, agent, buffer, text = run.args, run.env, run.agent, run.buffer, ""
+    run.log.pace = (time.time(), run.step)
+    while run.step < steps:
+        stop_if_interrupted(run)
+        obs = env.reset() if env.obs is None else env.obs
+        warm = run.step < run.random_steps
+        if warm:
+            action = run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32)
+        else:
+            action = agent.act(obs).cpu().numpy()
+        next_obs, reward, terminated, truncated, features = env.step(action)
+        # a truncated step is stored as not terminated: its value goes on (the target bootstraps)
+        buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=terminated,
+                   timeout=truncated and not terminated, features=features, uncertainty=0.0)
+        run.step += 1
+        if terminated or truncated:
+            env.obs = None
+        if not warm:
+            learn(run)
+        if run.step % args.eval_every == 0 or run.step == steps:
+            text = report(run, "target", run.step, steps)
+        if run.step % args.checkpoint_every == 0:
+            save(run.dir / "checkpoint.pt", state_dict(run))
+        run.log.live("target", run.step, steps, text)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def train(args, make_agent, program):
+    """The phases that are not done yet."""
+    run_dir, state = open_run(args, program)
+    run = build(args, run_dir, make_agent, program)
+    if state is not None:
+        load_state_dict(run, state)
+        run.log.write()  # without the rows that came after the checkpoint
+    run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
+    write_config(run_dir, args)
+    catch_interrupts(run)
+
+    steps = args.online_steps if "dataset" in args else args.target_steps
+    if run.phase == "prepare":
+        if hasattr(run.agent, "prepare"):
+            run.info.update(run.agent.prepare(run.buffer, run.log.note) or {})
+        run.phase = "offline"
+        save(run.dir / "checkpoint.pt", state_dict(run))
+    if run.phase == "offline":
+        offline(run)
+        run.phase = "between"
+    if run.phase == "between":
+        report(run, "target", 0, steps)
+        run.phase = "start"
+    if run.phase == "start" and steps:
+        if hasattr(run.agent, "start_online"):
+            run.agent.start_online()
+        run.phase = "target"
+    online(run, steps)
+    save(run.dir / "checkpoint.pt", state_dict(run))
+    if vars(args).get("save_dataset"):
+        run.buffer.save(run.dir / "dataset.npz")
+    run.log.note(f"done in {run.log.wall_clock / 60:.1f} min: {run.dir}/progress.csv, checkpoint.pt")
+
+
+def play(args, make_agent, program):
+    """`--evaluate`: plays a run's policy on the episodes of its own evaluations."""
+    flags = {**vars(args), **read_config(args.evaluate)["flags"], "evaluate": args.evaluate, "device": args.device}
+    state = load(Path(args.evaluate) / "checkpoint.pt", args.device, program)
+    run = build(SimpleNamespace(**flags), Path(args.evaluate), make_agent, program)
+    load_state_dict(run, state)
+    show(run, "target", args.gif)
+
+
+def main(program, parser, make_agent, argv=None, check=None):
+    """Runs a baseline; returns the exit code.
+
+    Args:
+        program: the script's name without .py. make_agent(args, env): the agent. check(args): raises ValueError.
+    """
+    checks = [f for f in (check, check_data if parser.get_default("offline_updates") is not None else None) if f]
+    return run_program(program, argv, parser, lambda args: [f(args) for f in checks],
+                       lambda args: train(args, make_agent, program), lambda args: play(args, make_agent, program))
+
+
+# ------------------------------------------------------------------------------------------------- agents' small parts
+
+
+def adam(parameters, lr):
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+
+def step(optimizer, loss):
+    """One gradient step on a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(target, network, polyak):
+    """theta' <- (1 - polyak) theta' + polyak theta."""
+    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), polyak)
+
+
+def frozen_copy(network):
+    """A target network: a copy without gradients."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+def mlp(inputs, hidden, outputs, activation=nn.ReLU, last=nn.Identity):
+    """inputs -> hidden (a tuple of widths) -> outputs."""
+    sizes = [inputs, *hidden]
+    parts = [part for i, o in zip(sizes, sizes[1:]) for part in (nn.Linear(i, o), activation())]
+    return nn.Sequential(*parts, nn.Linear(sizes[-1], outputs), last())
+
+
+def log_normal(x, mean, log_std):
+    """log N(x; mean, exp(log_std)^2), summed over the last dimension."""
+    return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+class GaussianPolicy(nn.Module):
+    """a ~ N(tanh(f(s)), diag(std)^2), cut to [-1, 1]; std does not depend on s (IQL's and AWAC's actor)."""
+
+    def __init__(self, obs_dim, action_dim, hidden):
+        super().__init__()
+        self.mean = mlp(obs_dim, hidden, action_dim, last=nn.Tanh)
+        self.free_log_std = nn.Parameter(torch.zeros(action_dim))
+
+    @property
+    def log_std(self):
+        return self.free_log_std.clamp(-5.0, 2.0)
+
+    def log_prob(self, obs, action):
+        """log-density before the cut: obs (B, d), action (B, A) -> (B,)."""
+        return log_normal(action, self.mean(obs), self.log_std)
+
+    @torch.no_grad()
+    def act(self, obs, deterministic=False):
+        mean = self.mean(torch.as_tensor(obs, device=self.free_log_std.device))
+        return mean if deterministic else self.sample(mean)
+
+    def sample(self, mean):
+        return (mean + self.log_std.exp() * torch.randn_like(mean)).clamp(-1.0, 1.0)
+
+
+def state_of(agent):
+    """A `state_dict` for agents that name what they learned in PARTS (networks, optimisers) and VALUES (numbers,
+    tensors)."""
+    return {**{name: getattr(agent, name).state_dict() for name in agent.PARTS},
+            **{name: getattr(agent, name) for name in agent.VALUES}}
+
+
+def load_state_of(agent, state):
+    for name in agent.PARTS:
+        getattr(agent, name).load_state_dict(state[name])
+    for name in agent.VALUES:
+        setattr(agent, name, state[name])

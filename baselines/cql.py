@@ -1,0 +1,86 @@
+"""CQL: conservative Q-learning (Kumar et al., 2020, arXiv:2006.04779), CQL(H) with a fixed weight.
+
+    python baselines/cql.py --env Walker2d-v4 --dataset runs/.../dataset.npz
+
+    critic  (Q_i(s, a) - y)^2 + alpha (log int exp Q_i(s, a') da' - Q_i(s, a))                         (eq. 4)
+
+over the dataset's (s, a), with SAC's y, without the entropy in it, and SAC's actor. The integral is estimated with
+`n_actions` actions each from the uniform distribution, from pi(.|s) and from pi(.|s'), every Q less the log-density
+that its action was drawn with (appendix F). Online it goes on alike, with the same alpha: new steps join the dataset.
+
+Deviation: the loss is the squared error, not half of it (as in the public code, where alpha = 5 or 10 comes from).
+"""
+
+import math
+import sys
+
+import torch
+
+import common  # before sac: it puts the repository's root on the path
+from sac import DelayedSAC, sac_arguments
+
+
+class CQL(DelayedSAC):
+    """Args: cql_alpha: alpha. n_actions: per state and distribution. others: DelayedSAC's."""
+
+    def __init__(self, obs_dim, action_dim, *, cql_alpha=10.0, n_actions=10, **others):
+        super().__init__(obs_dim, action_dim, **others)
+        self.cql_alpha, self.n_actions = cql_alpha, n_actions
+
+    def learn(self, buffer):
+        return self.learn_from(buffer.sample(self.batch_size), self.batch_size)
+
+    def log_integral(self, obs, next_obs):
+        """log int exp Q_i(s, a) da, estimated: obs, next_obs (B, d) -> (N, B)."""
+        n, rows, dim = self.n_actions, len(obs), self.actor.net[-1].out_features // 2
+        with torch.no_grad():
+            sampled = [self.actor.sample(x.expand(n, -1, -1)) for x in (obs, next_obs)]
+            uniform = torch.rand(n, rows, dim, device=obs.device) * 2 - 1
+            actions = torch.cat([uniform, *(action for action, _ in sampled)])
+            density = uniform.new_full((n, rows), -dim * math.log(2.0))
+            log_prob = torch.cat([density, *(log_prob for _, log_prob in sampled)])
+        q = self.critic(obs.expand(3 * n, -1, -1).flatten(0, 1), actions.flatten(0, 1)).view(-1, 3 * n, rows)
+        return (q - log_prob).logsumexp(1) - math.log(3 * n)
+
+    def update_critic(self, part, n_prior):
+        """One step of the critics on {key: (B, ...)}, of which the first n_prior rows are data."""
+        y = self.target(part)
+        q = self.critic(part["obs"], part["action"])
+        gap = self.log_integral(part["obs"], part["next_obs"]).mean(1) - q[:, :n_prior].mean(1)
+        critic_loss = ((q - y).square().mean(1) + self.cql_alpha * gap).sum()
+        self.step_critic(critic_loss)
+        return {"critic_loss": critic_loss.detach() / self.n_critics, "q_mean": q.detach().mean(),
+                "td_error": (q.detach().mean(0) - y).abs().mean()}
+
+
+def cql_flags(parser, title, alpha):
+    g = common.agent_flags(parser, title, actor_lr=1e-4, critic_lr=3e-4, batch_size=256, hidden=256, layers=3,
+                           discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None)
+    g.add_argument("--cql-alpha", type=common.nonnegative, default=alpha, help="weight of the conservative penalty")
+    g.add_argument("--cql-actions", type=common.count, default=10, help="actions per state from each distribution")
+    g.add_argument("--backup-entropy", **common.SWITCH, default=False, help="entropy term in the critics' target")
+    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
+    return g
+
+
+def build_parser():
+    parser = common.offline_parser(__doc__, "cql")
+    cql_flags(parser, "CQL", alpha=10.0)
+    return parser
+
+
+def cql_arguments(args, env):
+    return {**sac_arguments(args, env), "temperature_lr": args.actor_lr, "cql_alpha": args.cql_alpha,
+            "n_actions": args.cql_actions}
+
+
+def make_agent(args, env):
+    return CQL(**cql_arguments(args, env))
+
+
+def main(argv=None):
+    return common.main("cql", build_parser(), make_agent, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

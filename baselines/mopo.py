@@ -1,0 +1,155 @@
+"""MOPO: model-based offline policy optimisation (Yu et al., 2020, arXiv:2005.13239).
+
+    python baselines/mopo.py --env Walker2d-v4 --dataset runs/.../dataset.npz
+
+A world model (world_model.py) learns s' and r from the dataset. Every `rollout_every` updates the policy is rolled out
+in it for a few steps from states of the data, each step by a member drawn at random, and SAC learns from
+
+    r~(s, a) = r(s, a) - lambda u(s, a)                                     (algorithm 2)
+
+on those steps and, to a share of `real_ratio`, on the data. u is the largest predicted standard deviation of a member.
+
+Deviation: u is in delta-normalised units, over sqrt(d), in which no large dimension drowns the others (the published
+lambdas, .5 to 5, are for raw units); all members roll out, not the best five; 10,000 rollouts at a time, not 50,000.
+Online (not in the paper): new steps join the data; the model stays as it is.
+"""
+
+import sys
+
+import torch
+
+import common  # before agent: it puts the repository's root on the path
+from agent import ReplayBuffer, mixed_batch
+from sac import DelayedSAC, sac_arguments
+from world_model import WorldModel
+
+
+class Imagination:
+    """A model of (s', r), rollouts of a policy in it, and batches of data and imagined steps.
+
+    Args:
+        model: WorldModel with one feature, the reward. terminated: next_obs (B, d) -> (B,) bool, the task's.
+        penalty_coef: lambda. fit_kwargs: of WorldModel.fit. retain: how many times' rollouts are kept.
+    """
+
+    def __init__(self, model, terminated, *, rollout_batch, rollout_length, rollout_every, retain, real_ratio,
+                 penalty_coef=0.0, fit_kwargs=None):
+        self.model, self.terminated, self.penalty_coef = model, terminated, penalty_coef
+        self.rollout_batch, self.rollout_length, self.rollout_every = rollout_batch, rollout_length, rollout_every
+        self.real_ratio, self.fit_kwargs = real_ratio, fit_kwargs or {}
+        d = model.obs_dim
+        action_dim = model.input_mean.shape[0] - d
+        self.buffer = ReplayBuffer(rollout_batch * rollout_length * retain, model.input_mean.device, obs=(d,),
+                                   action=(action_dim,), reward=(), next_obs=(d,), terminated=(), uncertainty=())
+
+    def fit(self, buffer, note):
+        data = buffer.filled()
+        result = self.model.fit(data["obs"], data["action"], data["next_obs"], data["reward"][:, None],
+                                **self.fit_kwargs)
+        note(f"model fit on {buffer.size:,} transitions: {result['epochs']} epochs, holdout MSE "
+             f"{result['holdout_mse']:.4f} of the variance")
+        return {"model_holdout_mse": result["holdout_mse"]}
+
+    @torch.no_grad()
+    def step(self, obs, action):
+        """obs (B, d), action (B, A) -> next_obs (B, d) and penalised reward r~ (B,), from a random member each."""
+        mean, std = self.model.predict(obs, action)
+        rows = torch.arange(len(obs), device=obs.device)
+        member = torch.randint(len(mean), rows.shape, device=obs.device)
+        drawn = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
+        next_obs = drawn[:, : self.model.obs_dim].clamp(self.model.obs_low, self.model.obs_high)
+        reward = drawn[:, self.model.obs_dim]
+        if self.penalty_coef:
+            reward = reward - self.penalty_coef * self.model.uncertainty(obs, action)
+        return next_obs, reward
+
+    def roll_out(self, policy, obs):
+        """Adds rollouts of policy: obs (B, d) -> action (B, A), from obs on, each until it terminates."""
+        for _ in range(self.rollout_length):
+            action = policy(obs)
+            next_obs, reward = self.step(obs, action)
+            over = self.terminated(next_obs)
+            self.buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=over,
+                            uncertainty=torch.zeros_like(reward))  # r~ has it already
+            obs = next_obs[~over]
+            if len(obs) == 0:
+                break
+
+    def batch(self, buffer, policy, updates, batch_size):
+        """{key: (B, ...)} and how many of its first rows are data; rolls out first where it is time."""
+        if updates % self.rollout_every == 0:
+            self.roll_out(policy, buffer.sample(self.rollout_batch)["obs"])
+        batch, n_real = mixed_batch(buffer, self.buffer, self.real_ratio, batch_size, 1)
+        return {key: values[0] for key, values in batch.items()}, n_real
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "buffer": self.buffer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.buffer.load_state_dict(state["buffer"])
+
+
+class MOPO(DelayedSAC):
+    """Args: imagination: Imagination with lambda. others: DelayedSAC's."""
+
+    PARTS = (*DelayedSAC.PARTS, "imagination")
+
+    def __init__(self, obs_dim, action_dim, *, imagination, **others):
+        super().__init__(obs_dim, action_dim, **others)
+        self.imagination, self.prepare = imagination, imagination.fit
+
+    def learn(self, buffer):
+        return self.learn_from(*self.imagination.batch(buffer, self.act, self.updates, self.batch_size))
+
+
+def model_flags(parser, real_ratio):
+    g = parser.add_argument_group("world model and rollouts")
+    g.add_argument("--members", type=common.count, default=7, help="ensemble members E")
+    g.add_argument("--model-hidden", type=common.count, default=200, help="width of a hidden layer")
+    g.add_argument("--model-layers", type=common.count, default=4, help="hidden layers")
+    g.add_argument("--model-lr", type=common.positive, default=1e-3, help="learning rate")
+    g.add_argument("--model-batch-size", type=common.count, default=256, help="transitions per member and step")
+    g.add_argument("--model-epochs", type=common.count, default=60, help="most epochs of the fit")
+    g.add_argument("--rollout-length", type=common.count, default=5, help="steps of a rollout (published: 1 to 5)")
+    g.add_argument("--rollout-batch", type=common.count, default=10_000, help="rollouts at a time")
+    g.add_argument("--rollout-every", type=common.count, default=1000, help="updates between rollouts")
+    g.add_argument("--rollout-retain", type=common.count, default=5, help="times that rollouts are kept for")
+    g.add_argument("--real-ratio", type=common.share, default=real_ratio, help="share of data in a batch")
+    return g
+
+
+def make_imagination(args, env, penalty_coef=0.0, uncertainty="aleatoric"):
+    # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
+    model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
+                       layers=args.model_layers, uncertainty_kind=uncertainty).to(args.device)
+    return Imagination(model, env.task.terminated, rollout_batch=args.rollout_batch, penalty_coef=penalty_coef,
+                       rollout_length=args.rollout_length, rollout_every=args.rollout_every,
+                       retain=args.rollout_retain, real_ratio=args.real_ratio,
+                       fit_kwargs={"lr": args.model_lr, "batch_size": args.model_batch_size,
+                                   "max_epochs": args.model_epochs})
+
+
+def build_parser():
+    parser = common.offline_parser(__doc__, "mopo")
+    g = common.agent_flags(parser, "MOPO", actor_lr=1e-4, critic_lr=3e-4, batch_size=256, hidden=256, layers=2,
+                           discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None)
+    g.add_argument("--penalty-coef", type=common.nonnegative, default=2.5, help="lambda, reward per unit of u")
+    g.add_argument("--uncertainty", default="aleatoric", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
+    g.add_argument("--backup-entropy", **common.SWITCH, default=True, help="entropy term in the critics' target")
+    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
+    model_flags(parser, real_ratio=0.05)
+    return parser
+
+
+def make_agent(args, env):
+    return MOPO(**sac_arguments(args, env), temperature_lr=args.actor_lr,
+                imagination=make_imagination(args, env, args.penalty_coef, args.uncertainty))
+
+
+def main(argv=None):
+    return common.main("mopo", build_parser(), make_agent, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
