@@ -69,6 +69,11 @@ def agent_layers(hidden):
     return products(OBS, hidden, hidden, 2 * ACTION), products(OBS + ACTION, hidden, hidden)
 
 
+def model_layers(hidden, layers, heads):
+    """One member's layers; heads: 2 with the log variance, 1 for the mean alone."""
+    return products(OBS + ACTION, *[hidden] * layers, heads * (OBS + FEATURES))
+
+
 def rlpd_gflop(critics, min_critics, batch, utd, hidden, actor_updates=1):
     """Of `utd` critic updates and one (or more) of actor and temperature; M target critics are enough for the target,
     and the critics have no weight gradient in the actor's update."""
@@ -80,18 +85,17 @@ def rlpd_gflop(critics, min_critics, batch, utd, hidden, actor_updates=1):
 
 def model_gflop(members, batch, hidden, layers):
     """Of one training step of the ensemble."""
-    return 2e-9 * members * batch * training(products(OBS + ACTION, *[hidden] * layers, 2 * (OBS + FEATURES)))
+    return 2e-9 * members * batch * training(model_layers(hidden, layers, 2))
 
 
-def plan_work(mpc, states, members, model_hidden, model_layers, hidden, critics):
-    """Model transitions and GFLOP of one plan; planning needs the members' means alone, without log variances."""
+def plan_work(mpc, states, members, member, hidden, critics):
+    """Model transitions and GFLOP of one plan, a transition taking `member` multiply-adds."""
     candidates = states * (mpc.population * mpc.iterations + mpc.policy_samples)
     transitions = candidates * mpc.horizon * members
     actor, critic = map(sum, agent_layers(hidden))
-    model = sum(products(OBS + ACTION, *[model_hidden] * model_layers, OBS + FEATURES))
     guide = states * mpc.policy_samples * mpc.horizon * actor
     guide += candidates * (actor + critics * critic) if mpc.value else 0
-    return transitions, 2e-9 * (transitions * model + guide)
+    return transitions, 2e-9 * (transitions * member + guide)
 
 
 # ----------------------------------------------------------------------------------------------------------- our work
@@ -120,7 +124,7 @@ def loop(wombet, run, name, steps):
         wombet.learn(run, name)
 
 
-def rlpd_step(run, o, critics, min_critics, batch, layer_norm=True, actor_updates=1):
+def rlpd_step(o, critics, min_critics, batch, layer_norm=True, actor_updates=1):
     """One step of learning, sampling included, at alpha = 0.5; the critic updates are shared out evenly among
     `actor_updates` steps of the agent."""
     from agent import SAC, mixed_batch
@@ -130,24 +134,24 @@ def rlpd_step(run, o, critics, min_critics, batch, layer_norm=True, actor_update
 
     def call():
         for _ in range(actor_updates):
-            agent.update(*mixed_batch(run.prior, run.target.buffer, 0.5, batch, o.utd // actor_updates))
+            agent.update(*mixed_batch(o.run.prior, o.run.target.buffer, 0.5, batch, o.utd // actor_updates))
 
     return rlpd_gflop(critics, min_critics, batch, o.utd, o.hidden, actor_updates), call
 
 
-def world_model(run, o, members):
+def world_model(o, members):
     """A 4-layer ensemble with the fitted model's normalisation."""
     from world_model import WorldModel
 
     model = WorldModel(OBS, ACTION, FEATURES, members=members, hidden=o.model_hidden, layers=4).to(o.device)
-    model.load_state_dict(dict(run.model.named_buffers()), strict=False)
+    model.load_state_dict(dict(o.run.model.named_buffers()), strict=False)
     return model
 
 
-def model_step(run, o, members):
+def model_step(o, members):
     """One gradient step, the gather of the members' batches included."""
-    model = world_model(run, o, members)
-    data = run.target.buffer.filled()
+    model = world_model(o, members)
+    data = o.run.target.buffer.filled()
     inputs = torch.cat([data["obs"], data["action"]], -1)
     targets = torch.cat([data["next_obs"] - data["obs"], data["features"]], -1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)  # as in WorldModel.fit
@@ -159,49 +163,47 @@ def model_step(run, o, members):
     return model_gflop(members, o.model_batch, o.model_hidden, 4), call
 
 
-def plain_plan(run, o, population, states):
+def plain_plan(o, population, states):
     """One plan by CEM without a guide."""
     from mpc import MPC
 
-    task = run.source.env.task
-    mpc = MPC(world_model(run, o, 5).step, task.reward, task.terminated, ACTION, horizon=o.horizon,
+    task = o.run.source.env.task
+    mpc = MPC(world_model(o, 5).step, task.reward, task.terminated, ACTION, horizon=o.horizon,
               population=population, elites=min(o.elites, population), iterations=5)
-    obs = run.source.buffer.sample(states)["obs"]
-    transitions, gflop = plan_work(mpc, states, 5, o.model_hidden, 4, o.hidden, 0)
+    obs = o.run.source.buffer.sample(states)["obs"]
+    transitions, gflop = plan_work(mpc, states, 5, sum(model_layers(o.model_hidden, 4, 1)), o.hidden, 0)
     return gflop, lambda: mpc.plan(obs), 0, transitions
 
 
-def default_plan(run, o, states, length=0):
+def default_plan(o, states, length=0):
     """The planner that generates D_S: one plan, or so many steps imagined with it."""
     import wombet
     from mpc import imagine
 
-    args = run.args
-    mpc = wombet.planner(run, args.plan_penalty_coef)
-    obs, terminated = run.source.buffer.sample(states)["obs"], run.source.env.task.terminated
-    transitions, gflop = plan_work(mpc, states, args.members, args.model_hidden, args.model_layers, args.hidden,
-                                   args.critics)
+    args = o.run.args
+    mpc = wombet.planner(o.run, args.plan_penalty_coef)
+    obs, terminated = o.run.source.buffer.sample(states)["obs"], o.run.source.env.task.terminated
+    member = sum(model_layers(args.model_hidden, args.model_layers, 1))
+    transitions, gflop = plan_work(mpc, states, args.members, member, args.hidden, args.critics)
     if not length:
         return gflop, lambda: mpc.plan(obs), 0, transitions
-    plans = math.ceil(length / args.replan_every)
-    steps = states * length * args.members
-    step_gflop = 2e-9 * steps * sum(products(OBS + ACTION, *[args.model_hidden] * args.model_layers, OBS + FEATURES))
+    plans, steps = math.ceil(length / args.replan_every), states * length * args.members
 
     def call():
         mpc.reset()
-        imagine(run.model.step, terminated, mpc.act, obs, length)
+        imagine(o.run.model.step, terminated, mpc.act, obs, length)
 
-    return plans * gflop + step_gflop, call, 0, plans * transitions + steps
+    return plans * gflop + 2e-9 * steps * member, call, 0, plans * transitions + steps
 
 
-def learning_loop(run, o, name):
+def learning_loop(o, name):
     """Default steps of learning, environment included: acting, storing, learning."""
     import wombet
 
-    args = run.args
+    args = o.run.args
     gflop = rlpd_gflop(args.critics, args.min_critics, args.batch_size, args.utd, args.hidden)
     gflop += 2e-9 * sum(agent_layers(args.hidden)[0])
-    return o.loop * gflop, lambda: loop(wombet, run, name, o.loop), o.loop
+    return o.loop * gflop, lambda: loop(wombet, o.run, name, o.loop), o.loop
 
 
 def rlpd_name(o, critics, min_critics, extra="LayerNorm, 1 actor update"):
@@ -216,34 +218,33 @@ def plan_name(o, states):
     return f"CEM plan, {o.population}x5, H={o.horizon}, E=5" + (f", {states} states" if states > 1 else "")
 
 
-def our_rows(o, row, run=[]):
+def our_rows(o, row):
     """The rows of the table under one letter; the run behind them is prepared once."""
-    if not run:
-        run.append(prepare(o))
-    run = run[0]
+    if not hasattr(o, "run"):
+        o.run = prepare(o)
     if row == "a":
         for n, m in ((2, 2), (5, 2), (5, 5), (10, 2), (10, 10)):
-            yield Work(row, rlpd_name(o, n, m), *rlpd_step(run, o, n, m, o.batch))
+            yield Work(row, rlpd_name(o, n, m), *rlpd_step(o, n, m, o.batch))
         for n in (2, 10) if o.peers else ():  # what Stable-Baselines3 can do
             yield Work(row, rlpd_name(o, n, n, f"plain, {o.utd} actor updates"),
-                       *rlpd_step(run, o, n, n, o.batch, False, o.utd))
+                       *rlpd_step(o, n, n, o.batch, False, o.utd))
     elif row == "b":
-        yield Work(row, model_name(o), *model_step(run, o, 7))
+        yield Work(row, model_name(o), *model_step(o, 7))
     elif row == "c":
         for states in (1, 4) if o.peers else (1,):
-            yield Work(row, plan_name(o, states), *plain_plan(run, o, o.population, states))
-        yield Work(row, "default guided plan", *default_plan(run, o, 1))
-        yield Work(row, f"default guided plan, {o.trajectories} states", *default_plan(run, o, o.trajectories))
+            yield Work(row, plan_name(o, states), *plain_plan(o, o.population, states))
+        yield Work(row, "default guided plan", *default_plan(o, 1))
+        yield Work(row, f"default guided plan, {o.trajectories} states", *default_plan(o, o.trajectories))
     elif row == "d":
-        yield Work(row, f"imagine {o.trajectories} x {o.length}", *default_plan(run, o, o.trajectories, o.length))
+        yield Work(row, f"imagine {o.trajectories} x {o.length}", *default_plan(o, o.trajectories, o.length))
     elif row == "e":
         for name in ("target", "source"):
-            yield Work(row, f"default {name} loop, an environment step", *learning_loop(run, o, name))
+            yield Work(row, f"default {name} loop, an environment step", *learning_loop(o, name))
     elif row == "scaling":
-        yield from scaling_rows(run, o)
+        yield from scaling_rows(o)
 
 
-def scaling_rows(run, o):
+def scaling_rows(o):
     """What grows with what: the quantity is the row, its value the name."""
     from agent import ReplayBuffer, mixed_batch
 
@@ -251,18 +252,18 @@ def scaling_rows(run, o):
         return all[:2] if o.quick else all
 
     for e in values(1, 2, 4, 8, 16):
-        yield Work("members E", e, *model_step(run, o, e))
+        yield Work("members E", e, *model_step(o, e))
     for n in values(1, 2, 5, 10, 20):
-        yield Work("critics N", n, *rlpd_step(run, o, n, n, o.batch))
+        yield Work("critics N", n, *rlpd_step(o, n, n, o.batch))
     for population in values(50, 100, 200, 400, 800, 1600):
-        yield Work("population", population, *plain_plan(run, o, population, 1))
+        yield Work("population", population, *plain_plan(o, population, 1))
     for batch in values(32, 64, 128, 256, 512, 1024):
-        yield Work("batch size", batch, *rlpd_step(run, o, 2, 2, batch))
+        yield Work("batch size", batch, *rlpd_step(o, 2, 2, batch))
     for n in values(4, 16, 64, 256, 1024):
-        yield Work("imagined trajectories", n, *default_plan(run, o, n, 5))
+        yield Work("imagined trajectories", n, *default_plan(o, n, 5))
     for size in values(1000, 10_000, 100_000, 1_000_000):
-        buffer = ReplayBuffer(size, o.device, **run.target.env.shapes)
-        buffer.add(**run.prior.sample(size))
+        buffer = ReplayBuffer(size, o.device, **o.run.target.env.shapes)
+        buffer.add(**o.run.prior.sample(size))
         yield Work("buffer size", size, 0, functools.partial(mixed_batch, buffer, buffer, 0.5, o.batch, o.utd))
 
 
@@ -284,7 +285,7 @@ def sac_rows(o, row, SAC, kind, actor_updates, policy, **kwargs):
     """SAC of Stable-Baselines3 or sbx, sampling from its own buffer included."""
     from stable_baselines3.common.logger import Logger
 
-    for n in (2, 10) if row == "a" else ():
+    for n in (2, 10):
         policy_kwargs = {"n_critics": n, "net_arch": [o.hidden, o.hidden], **policy}
         agent = SAC("MlpPolicy", peer_env(), buffer_size=o.rows, device=o.device, policy_kwargs=policy_kwargs, **kwargs)
         agent.set_logger(Logger(None, []))
@@ -342,12 +343,13 @@ def mbrl_rows(o, row):
     elif row == "c":
         model = mbrl.models.OneDTransitionRewardModel(gaussian(5, propagation_method="fixed_model"), normalize=True)
         env = mbrl.models.ModelEnv(peer_env(), model, no_termination)
+        member = sum(model_layers(o.model_hidden, 4, 1))
         size, obs = (o.horizon, ACTION), np.zeros(OBS, dtype=np.float32)
         cem = mbrl.planning.CEMOptimizer(5, o.elites / o.population, o.population, np.full(size, -1.0).tolist(),
                                          np.full(size, 1.0).tolist(), 0.1, o.device, return_mean_elites=True)
         shape = SimpleNamespace(population=o.population, iterations=5, policy_samples=0, horizon=o.horizon, value=None)
         for particles in (5, 20):
-            transitions, gflop = plan_work(shape, particles // 5, 5, o.model_hidden, 4, o.hidden, 0)
+            transitions, gflop = plan_work(shape, particles // 5, 5, member, o.hidden, 0)
 
             def call(particles=particles):
                 cem.optimize(lambda plans: env.evaluate_action_sequences(plans, obs, particles),
@@ -357,6 +359,7 @@ def mbrl_rows(o, row):
 
 
 BUILDERS = {"wombet": our_rows, "stable_baselines3": stable_baselines3_rows, "sbx": sbx_rows, "mbrl": mbrl_rows}
+PEERS = {"stable_baselines3": "a", "sbx": "a", "mbrl": "bc"}  # and the rows that each can do
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -416,7 +419,7 @@ def serve(pipe, root, who, tuned, rows, o):
             wombet.keep_freed_memory()
             if root == ROOT:  # an older revision keeps what it had
                 torch.set_float32_matmul_precision(o.precision)
-        for row in rows:
+        for row in (row for row in rows if row in PEERS.get(who, row)):
             try:
                 works += BUILDERS[who](o, row)
             except ImportError as error:
@@ -429,9 +432,10 @@ def serve(pipe, root, who, tuned, rows, o):
             work.call()
             took = seconds(work.call, 1, o.device) if o.seconds else 1.0
             calls.append(max(1, math.ceil(o.seconds / took)))
-        pipe.send(([work._replace(call=None) for work in works], skipped, problem))
-        while (asked := pipe.recv()) is not None:
-            pipe.send(peak(o) if asked == "peak" else seconds(works[asked].call, calls[asked], o.device))
+        with contextlib.suppress(EOFError, BrokenPipeError):  # the parent was killed
+            pipe.send(([work._replace(call=None) for work in works], skipped, problem))
+            while (asked := pipe.recv()) is not None:
+                pipe.send(peak(o) if asked == "peak" else seconds(works[asked].call, calls[asked], o.device))
 
 
 def start(root, who, tuned, rows, o):
@@ -589,7 +593,7 @@ def benchmark(args):
             subprocess.run(["tar", "-x", "-C", older], input=archive.stdout, check=True)
             plan.append((f"wombet {args.before}", "wombet", Path(older), True))
         if args.peers:
-            plan += [(who, who, ROOT, tuned) for who in list(BUILDERS)[1:] for tuned in (True, False)]
+            plan += [(who, who, ROOT, tuned) for who in PEERS if set(PEERS[who]) & set(rows) for tuned in (True, False)]
         for label, who, root, tuned in plan:
             print(f"starting {label}", file=sys.stderr, flush=True)
             ask, works, missing = start(root, who, tuned, rows, o)

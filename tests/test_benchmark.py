@@ -37,8 +37,8 @@ def test_rlpd_step_by_hand():
 @pytest.mark.parametrize("critics", [2, 3])
 def test_rlpd_step_as_performed(critics):
     agent = SAC(17, 6, n_critics=critics, min_critics=critics, hidden=(8, 8))
-    batch = {key: torch.zeros(4, 5, *shape) for key, shape in
-             {"obs": (17,), "action": (6,), "reward": (), "next_obs": (17,), "terminated": (), "uncertainty": ()}.items()}
+    sizes = {"obs": (17,), "action": (6,), "reward": (), "next_obs": (17,), "terminated": (), "uncertainty": ()}
+    batch = {key: torch.zeros(4, 5, *size) for key, size in sizes.items()}
     assert performed(lambda: agent.update(batch)) == pytest.approx(benchmark.rlpd_gflop(critics, critics, 5, 4, 8))
 
 
@@ -58,7 +58,7 @@ def test_plan_as_performed(guided):
     mpc = MPC(model.step, lambda obs, action, next_obs, features: features[:, 0],
               lambda obs: torch.zeros(len(obs), dtype=torch.bool), 6, horizon=4, population=10, elites=3, iterations=2,
               **guide)
-    transitions, gflop = benchmark.plan_work(mpc, 5, 3, 8, 4, 8, 2)
+    transitions, gflop = benchmark.plan_work(mpc, 5, 3, sum(benchmark.model_layers(8, 4, 1)), 8, 2)
     assert transitions == 5 * (10 * 2 + (7 if guided else 0)) * 4 * 3
     assert performed(lambda: mpc.plan(torch.randn(5, 17))) == pytest.approx(gflop)
 
