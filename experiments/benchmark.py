@@ -365,15 +365,24 @@ PEERS = {"stable_baselines3": "a", "sbx": "a", "mbrl": "bc"}  # and the rows tha
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def seconds(call, calls, device):
-    """Time of one call, averaged over `calls` of them."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+def seconds(call, calls, o):
+    """Time of one call, averaged over `calls` of them: on the wall, or the CPU time of this process's threads."""
+    wait = torch.cuda.synchronize if o.device.startswith("cuda") else lambda: None
+    clock = time.process_time if o.clock == "cpu" else time.perf_counter
     wait()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(calls):
         call()
     wait()
-    return (time.perf_counter() - began) / calls
+    return (clock() - began) / calls
+
+
+def warm_up(call, o):
+    """How many calls make one measurement."""
+    took = seconds(call, 1, o)
+    if 0 < o.seconds and took < 1.0:  # the first call may have compiled something
+        took = seconds(call, 1, o)
+    return max(1, math.ceil(o.seconds / max(took, 1e-6)))
 
 
 def peak(o):
@@ -392,9 +401,9 @@ def peak(o):
             call = functools.partial(torch.matmul, x, w)
             exact = x[..., :8, :].double() @ w.double()
             errors.append(((call()[..., :8, :] - exact).abs().max() / exact.abs().max()).item())
-            took = seconds(call, 1, o.device)
+            took = seconds(call, 1, o)
             calls = max(1, math.ceil(o.seconds / 5 / took))
-            rates.append(2e-9 * e * b * i * k / min(seconds(call, calls, o.device) for _ in range(5)))
+            rates.append(2e-9 * e * b * i * k / min(seconds(call, calls, o) for _ in range(5)))
         best[precision] = (max(rates), max(errors))
     torch.set_float32_matmul_precision(before)
     return best
@@ -409,7 +418,7 @@ def serve(pipe, root, who, tuned, rows, o):
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
     sys.path.insert(0, str(root))
-    works, skipped, problem = [], [], None
+    works, calls, skipped, problem = [], [], [], None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, and ends this process with it
     with tempfile.TemporaryDirectory() as o.folder:
         os.chdir(o.folder)  # MuJoCo logs to the working directory
@@ -421,21 +430,18 @@ def serve(pipe, root, who, tuned, rows, o):
                 torch.set_float32_matmul_precision(o.precision)
         for row in (row for row in rows if row in PEERS.get(who, row)):
             try:
-                works += BUILDERS[who](o, row)
+                for work in BUILDERS[who](o, row):
+                    calls.append(warm_up(work.call, o))
+                    works.append(work)
             except ImportError as error:
-                skipped = [f"{who}: not installed ({error})"]
+                skipped = [f"not installed ({error})"]
             except Exception as error:  # a peer's other version, or an old revision without that row
                 problem = error
-                skipped.append(f"{who}, row {row}: {type(error).__name__}: {str(error).splitlines()[0]}")
-        calls = []
-        for work in works:
-            work.call()
-            took = seconds(work.call, 1, o.device) if o.seconds else 1.0
-            calls.append(max(1, math.ceil(o.seconds / took)))
+                skipped.append(f"row {row}: {type(error).__name__}: {str(error).splitlines()[0]}")
         with contextlib.suppress(EOFError, BrokenPipeError):  # the parent was killed
             pipe.send(([work._replace(call=None) for work in works], skipped, problem))
             while (asked := pipe.recv()) is not None:
-                pipe.send(peak(o) if asked == "peak" else seconds(works[asked].call, calls[asked], o.device))
+                pipe.send(peak(o) if asked == "peak" else seconds(works[asked].call, calls[asked], o))
 
 
 def start(root, who, tuned, rows, o):
@@ -463,8 +469,9 @@ def measure(sides, o):
     for row in dict.fromkeys(work.row for *_, work in jobs):
         names = dict.fromkeys(work.name for *_, work in jobs if work.row == row)
         group = [job for name in names for job in jobs if (job[3].row, job[3].name) == (row, name)]
-        print(f"row {row}: {len(group)} works x {o.repetitions}", file=sys.stderr, flush=True)
-        rounds = [[ask() for _, _, ask, _ in group] for _ in range(o.repetitions)]
+        print(f"row {row}: {len(group)} work(s)", file=sys.stderr, flush=True)
+        repetitions = min(o.repetitions, 3) if row == "d" else o.repetitions  # half a minute each
+        rounds = [[ask() for _, _, ask, _ in group] for _ in range(repetitions)]
         for (label, settings, _, work), times in zip(group, zip(*rounds)):
             ms = [1e3 * t / (work.per or 1) for t in times]
             results.append({"row": row, "work": work.name, "by": label, "settings": settings,
@@ -485,7 +492,7 @@ def table(report):
     """The report as text."""
     machine = report["machine"]
     lines = [f"{machine['processor']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-             f"precision {machine['precision']}"]
+             f"precision {machine['precision']}, {report['flags']['clock']} time"]
     for precision, (rate, error) in report["peaks"].items():
         lines.append(f"peak of float32 matrix products at {precision}: {rate:.0f} GFLOP/s, relative error {error:.0e}")
     lines += ["", f"{'':2}{'work':58}{'by':28}{'ms':>9}  {'min..max':17}{'x ours':>7}{'GFLOP/s':>9}{'of peak':>8}"]
@@ -549,6 +556,8 @@ def parse_args(argv):
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--precision", default="highest", choices=PRECISIONS,
                         help="torch.set_float32_matmul_precision (default: highest)")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU time, where other programs "
+                        "run too; with one thread only (default: wall)")
     parser.add_argument("--repetitions", type=int, default=7, help="measurements of each work (default: 7)")
     parser.add_argument("--flags", default="", metavar="'FLAGS'", help="of wombet.py, for its default plans and loops: "
                         "--flags='--utd 8'")
@@ -568,6 +577,8 @@ def parse_args(argv):
         raise ValueError(f"--repetitions {args.repetitions}: at least 1")
     if not 1 <= args.threads <= os.cpu_count():
         raise ValueError(f"--threads {args.threads}: this machine has {os.cpu_count()} core(s)")
+    if args.clock == "cpu" and (args.threads > 1 or args.device != "cpu"):
+        raise ValueError("--clock cpu adds up the time of all threads: use it with --threads 1 on the CPU")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
     try:
@@ -598,7 +609,7 @@ def benchmark(args):
             print(f"starting {label}", file=sys.stderr, flush=True)
             ask, works, missing = start(root, who, tuned, rows, o)
             sides.append((label, "as ours" if tuned else "its own", ask, works))
-            skipped += [line for line in missing if line not in skipped]
+            skipped += [line for line in (f"{label}: {text}" for text in missing) if line not in skipped]
         peaks = sides[0][2]("peak")
         results = measure(sides, o)
         again = sides[0][2]("peak")  # a machine's clock and its neighbours change

@@ -88,6 +88,7 @@ def test_scaling(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--repetitions", "0"], ["--only", "z"], ["--device", "abacus"], ["--threads", "0"],
+                                   ["--clock", "cpu", "--threads", "2"],
                                    ["--json", "no/such/folder.json"], ["--quick", "--flags", "--horizon 0"],
                                    ["--before", "no-such-revision"]])
 def test_bad_input_is_one_line(flags, capsys):
