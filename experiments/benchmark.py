@@ -534,6 +534,8 @@ def write_scaling(results, folder):
             axes.plot(x, y, "o-", color=COLOURS[0], markersize=4, label="median, min to max")
             axes.plot(x, [y[-1] * v / x[-1] for v in x], "--", color="#888888", linewidth=1, label="proportional")
             axes.set(title=title, xlabel=quantity, ylabel="Time (ms)", xscale="log", yscale="log")
+            axes.set_xticks(x, [f"{value:,}" for value in x])
+            axes.set_xticks([], minor=True)
         figure.axes[0].legend(frameon=False)
         figure.savefig(folder / "figures" / "scaling.png", dpi=150)
 
