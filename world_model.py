@@ -149,12 +149,7 @@ class WorldModel(nn.Module):
         for epoch in range(1, max_epochs + 1):
             columns = torch.rand(boot.shape, device=boot.device).argsort(1)
             for rows in boot.gather(1, columns).split(batch_size, 1):
-                mean, logvar = self(inputs[rows])
-                nll = ((mean - targets[rows]).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
-                loss = nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss = self.train_step(optimizer, inputs[rows], targets[rows])
             error = self._holdout_mse(inputs[held], targets[held])
             if not (error.isfinite().all() and loss.isfinite()):
                 raise FloatingPointError("the world model's loss is not finite: lower --model-lr or look at the data")
@@ -175,6 +170,17 @@ class WorldModel(nn.Module):
         rows = (obs[held], action[held], next_obs[held], features[held])
         return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
                 "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": self.error(*rows)}
+
+    def train_step(self, optimizer, inputs, targets):
+        """One gradient step of maximum likelihood, a batch of its own per member: inputs (E, B, d+A), targets
+        (E, B, d+f) in normalised units -> the loss, a scalar tensor."""
+        mean, logvar = self(inputs)
+        nll = ((mean - targets).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
+        loss = nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
 
     def _normalise(self, inputs, targets, obs):
         self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
