@@ -176,9 +176,11 @@ def build_parser():
     return parser
 
 
-def parse_args(argv, parser, check):
+def parse_args(argv=None, parser=None, check=None):
     """The flags; of a resumed run its own, where argv does not give them anew. Bad ones raise ValueError, as does
-    check(args) where they contradict each other."""
+    check(args) where they contradict each other. Parser and check are wombet.py's unless given."""
+    parser, check = parser or build_parser(), check or check_args
+
     def error(message):  # argparse's own prints the usage, two pages of it
         raise ValueError(message)
 
