@@ -29,7 +29,8 @@ MARKERS = "osD^vPX*"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8.5,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
          "grid.linewidth": 0.6, "axes.axisbelow": True, "pdf.fonttype": 42}
-STEPS = {"target": "env_steps", "source": "source_steps", "offline": "updates"}  # the column that counts a phase's steps
+# the column that counts a phase's steps
+STEPS = {"target": "env_steps", "source": "source_steps", "offline": "updates"}
 XLABEL = {"target": "Target environment steps (thousands)", "source": "Source environment steps (thousands)",
           "offline": "Gradient updates on the dataset (thousands)"}
 COLUMNS = {"curves": {"return_mean": "Evaluation return"}, "bars": {"return_mean": "Evaluation return"},

@@ -14,6 +14,7 @@ A run is a folder as wombet.py leaves it. Its phases: "offline", counted by `upd
 counted by `env_steps`, online in the target environment. The target's first row, at step 0, is the offline result.
 """
 
+import argparse
 import copy
 import functools
 import math
@@ -260,7 +261,7 @@ def play(args, make_agent, program):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations."""
     flags = {**vars(args), **read_config(args.evaluate)["flags"], "evaluate": args.evaluate, "device": args.device}
     state = load(Path(args.evaluate) / "checkpoint.pt", args.device, program)
-    run = build(SimpleNamespace(**flags), Path(args.evaluate), make_agent, program)
+    run = build(argparse.Namespace(**flags), Path(args.evaluate), make_agent, program)
     load_state_dict(run, state)
     show(run, "target", args.gif)
 

@@ -165,7 +165,7 @@ def test_bc_reaches_the_likelihood_of_a_known_policy():
     obs = torch.randn(4000, 2)
     mean, std = torch.tanh(obs @ torch.tensor([[0.5, -0.3], [0.2, 0.4]])), torch.tensor([0.1, 0.3])
     buffer = filled(4000, action_dim=2, obs=obs, action=mean + std * torch.randn(4000, 2))
-    agent = BC(2, 2, hidden=(32,), lr=3e-3)
+    agent = BC(2, 2, hidden=(32,), lr=1e-2)
     losses = [agent.learn(buffer)["actor_loss"].item() for _ in range(600)]
     entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum().item()  # what the policy itself scores
     assert np.mean(losses[-100:]) == pytest.approx(entropy, abs=0.05)
@@ -180,7 +180,7 @@ def test_bc_online_is_td3_whose_actor_rests_first():
     before = snapshot(agent.actor)
     for i in range(1, 7):
         agent.learn(buffer)
-        assert same(agent.actor, before) == (i < 6)  # of even steps, the first after the fourth
+        assert same(agent.actor, before) == (i < 5)  # i = 1, 3, 5 are the actor's turns
 
 
 @pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
@@ -245,7 +245,7 @@ def test_cql_pushes_unseen_actions_down():
         with torch.no_grad():
             seen, unseen = (agent.critic(obs, torch.full((200, 1), a)).mean().item() for a in (0.5, -0.7))
         gap[alpha] = seen - unseen
-    assert abs(gap[0.0]) < 0.3 and gap[5.0] > 1.0
+    assert abs(gap[0.0]) < 0.5 and gap[5.0] > 1.5
 
 
 def test_cql_integral_of_a_known_q():
@@ -259,7 +259,7 @@ def test_cql_integral_of_a_known_q():
 
 
 def constant_model(biases):
-    """A world model of one observation and the reward, in which member i predicts changes `biases[i]`, almost surely."""
+    """A world model of one observation and the reward; member i predicts (delta, reward) = biases[i], all but surely."""
     model = WorldModel(1, 1, 1, members=len(biases), hidden=4, layers=1)
     with torch.no_grad():
         for p in (*model.weights, *model.biases):
@@ -315,7 +315,7 @@ def test_combo_pushes_data_up_and_the_mix_down(monkeypatch):
     assert loss == pytest.approx(known.item(), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ whole runs
+# ---------------------------------------------------------------------------------------------------------- whole runs
 
 TINY = "--eval-every 40 --eval-episodes 1 --checkpoint-every 30 --hidden 16 --device cpu".split()
 TINY_ONLINE = [*TINY, "--target-steps", "100"]
@@ -388,7 +388,7 @@ def test_a_run_leaves_what_wombet_leaves_and_plays(whole, method, capsys):
     assert f"return {float(table[-1]['return_mean']):.1f} ±" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method, calls", [("sac", 41), ("ppo", 75), ("bc", 70), ("iql", 37), ("mopo", 27),
+@pytest.mark.parametrize("method, calls", [("sac", 41), ("ppo", 75), ("bc", 70), ("iql", 47), ("mopo", 57),
                                            ("combo", 83)])
 def test_stop_and_resume_equals_the_uninterrupted_run(whole, dataset, tmp_path, monkeypatch, method, calls):
     """SIGINT during that training step: offline for up to 60, online beyond."""
