@@ -47,9 +47,9 @@ def online_parser(doc, name, steps, eval_every=5000):
 
 
 def offline_parser(doc, name):
-    """A parser with the flags of a baseline that learns from a dataset; evaluations and checkpoints count updates
-    there, and environment steps online."""
+    """A parser with the flags of a baseline that learns from a dataset."""
     parser, g = new_parser(doc, name)
+    g.description = "--eval-every and --checkpoint-every count gradient updates offline, environment steps online"
     parser.set_defaults(eval_every=5000)
     # Deviation: D4RL's runs take 1,000,000 updates
     g.add_argument("--offline-updates", type=amount, default=100_000, help="gradient updates on the dataset")

@@ -50,7 +50,7 @@ def offline_data(seeds):
     yield job("baselines/sac.py", "HalfCheetah-v4", "data", 0, "--target-steps", 30_000, "--save-dataset")
 
 
-DATASET = ROOT / "runs" / "offline-data" / "HalfCheetah-v4__data__0" / "dataset.npz"
+DATASET = Path("runs", "offline-data", "HalfCheetah-v4__data__0", "dataset.npz")  # from ROOT, where runs start
 
 
 def offline(seeds):
@@ -65,7 +65,7 @@ def offline(seeds):
 
 def offline_table():
     """results/offline/table.csv from the runs' last offline rows, also on stdout."""
-    data, kept = np.load(DATASET), ROOT / "results" / "offline"
+    data, kept = np.load(ROOT / DATASET), ROOT / "results" / "offline"
     mean_return = data["rewards"].sum() / (data["terminals"] | data["timeouts"]).sum()  # it ends with an episode's end
     groups = {}
     for path in sorted(kept.glob("*/progress.csv")):

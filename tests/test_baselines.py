@@ -259,7 +259,7 @@ def test_cql_integral_of_a_known_q():
 
 
 def constant_model(biases):
-    """A world model of one observation and the reward; member i predicts (delta, reward) = biases[i], all but surely."""
+    """A world model of one observation and the reward; member i predicts (delta, reward) = biases[i], nearly surely."""
     model = WorldModel(1, 1, 1, members=len(biases), hidden=4, layers=1)
     with torch.no_grad():
         for p in (*model.weights, *model.biases):
