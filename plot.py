@@ -29,7 +29,10 @@ MARKERS = "osD^vPX*"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8.5,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
          "grid.linewidth": 0.6, "axes.axisbelow": True, "pdf.fonttype": 42}
-STEPS = {"target": "env_steps", "source": "source_steps"}  # the column that counts a phase's steps
+# the column that counts a phase's steps
+STEPS = {"target": "env_steps", "source": "source_steps", "offline": "updates"}
+XLABEL = {"target": "Target environment steps (thousands)", "source": "Source environment steps (thousands)",
+          "offline": "Gradient updates on the dataset (thousands)"}
 COLUMNS = {"curves": {"return_mean": "Evaluation return"}, "bars": {"return_mean": "Evaluation return"},
            "alpha": {"alpha": r"Share of $D_S$, $\alpha$", "td_error": "|TD error| (reward)"}}
 
@@ -257,7 +260,7 @@ def plot_runs(args):
                     draw_curves(ax, marks, values, style(labels.index(name)), args.per_seed)
                 if args.kind == "alpha":
                     ax.set_ylim(bottom=0)
-                axes[-1, j].set_xlabel(f"{args.phase.capitalize()} environment steps (thousands)")
+                axes[-1, j].set_xlabel(XLABEL[args.phase])
             for i, means in enumerate(references.values()):
                 if env in means:
                     ax.axhline(means[env], **reference_style(i))

@@ -14,6 +14,7 @@ A run is a folder as wombet.py leaves it. Its phases: "offline", counted by `upd
 counted by `env_steps`, online in the target environment. The target's first row, at step 0, is the offline result.
 """
 
+import argparse
 import copy
 import functools
 import math
@@ -46,9 +47,9 @@ def online_parser(doc, name, steps, eval_every=5000):
 
 
 def offline_parser(doc, name):
-    """A parser with the flags of a baseline that learns from a dataset; evaluations and checkpoints count updates
-    there, and environment steps online."""
+    """A parser with the flags of a baseline that learns from a dataset."""
     parser, g = new_parser(doc, name)
+    g.description = "--eval-every and --checkpoint-every count gradient updates offline, environment steps online"
     parser.set_defaults(eval_every=5000)
     # Deviation: D4RL's runs take 1,000,000 updates
     g.add_argument("--offline-updates", type=amount, default=100_000, help="gradient updates on the dataset")
@@ -147,17 +148,15 @@ def load_state_dict(run, state):
 # --------------------------------------------------------------------------------------------------------------- loops
 
 
-def report(run, phase, step, steps):
-    """Evaluates the policy: one row of progress.csv, one line on stdout; returns the line's end."""
+def report(run, phase):
+    """Evaluates the policy: one row of progress.csv; returns what the live line says of it."""
     returns, lengths = evaluate(lambda obs: run.agent.act(obs, deterministic=True), run.evaluation)
     row = {"phase": phase, "env_steps": run.step, "source_steps": 0, "updates": run.agent.updates,
            "wall_clock": round(run.log.wall_clock, 1), "return_mean": float(returns.mean()),
            "return_std": float(returns.std()), "length_mean": float(lengths.mean()),
            "prior_size": run.dataset_size or "", **{k: float(v) for k, v in run.info.items() if k in COLUMNS}}
-    text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     run.log.row(row)
-    run.log.live(phase, step, steps, text, force=True)
-    return text
+    return f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
 
 
 def learn(run):
@@ -184,11 +183,12 @@ def offline(run):
         stop_if_interrupted(run)
         learn(run)
         done = agent.updates
-        if done % args.eval_every == 0 or done == args.offline_updates:
-            text = report(run, "offline", done, args.offline_updates)
+        marked = done % args.eval_every == 0 or done == args.offline_updates
+        if marked:
+            text = report(run, "offline")
+        run.log.live("offline", done, args.offline_updates, text, force=marked)
         if done % args.checkpoint_every == 0:
             save(run.dir / "checkpoint.pt", state_dict(run))
-        run.log.live("offline", done, args.offline_updates, text)
 
 
 def online(run, steps):
@@ -212,11 +212,12 @@ def online(run, steps):
             env.obs = None
         if not warm:
             learn(run)
-        if run.step % args.eval_every == 0 or run.step == steps:
-            text = report(run, "target", run.step, steps)
+        marked = run.step % args.eval_every == 0 or run.step == steps
+        if marked:
+            text = report(run, "target")
+        run.log.live("target", run.step, steps, text, force=marked)
         if run.step % args.checkpoint_every == 0:
             save(run.dir / "checkpoint.pt", state_dict(run))
-        run.log.live("target", run.step, steps, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -243,7 +244,7 @@ def train(args, make_agent, program):
         offline(run)
         run.phase = "between"
     if run.phase == "between":
-        report(run, "target", 0, steps)
+        report(run, "target")
         run.phase = "start"
     if run.phase == "start" and steps:
         if hasattr(run.agent, "start_online"):
@@ -260,7 +261,7 @@ def play(args, make_agent, program):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations."""
     flags = {**vars(args), **read_config(args.evaluate)["flags"], "evaluate": args.evaluate, "device": args.device}
     state = load(Path(args.evaluate) / "checkpoint.pt", args.device, program)
-    run = build(SimpleNamespace(**flags), Path(args.evaluate), make_agent, program)
+    run = build(argparse.Namespace(**flags), Path(args.evaluate), make_agent, program)
     load_state_dict(run, state)
     show(run, "target", args.gif)
 

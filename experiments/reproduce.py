@@ -1,11 +1,15 @@
 """The runs behind each figure, a process a core, resumable: what is done is skipped, what was cut short goes on.
 
     python experiments/reproduce.py transfer --jobs 2
+    python experiments/reproduce.py baselines --jobs 2
+    python experiments/reproduce.py offline-data offline --jobs 2     the second learns from what the first leaves
 
 Runs go to runs/<topic>/; config.json, progress.csv and model_error.csv of each go to results/<topic>/ as it ends.
+"offline" ends with results/offline/table.csv, final returns in units of the data's mean return.
 """
 
 import argparse
+import csv
 import os
 import shutil
 import subprocess
@@ -13,21 +17,73 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def transfer(seeds):
-    """WOMBET against the same agent from scratch, by default flags: (run folder's name, flags)."""
+    """WOMBET against the same agent from scratch, by default flags: (script, run folder's name, flags)."""
     for seed in seeds:
         for env in ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Pusher-v5"):
             for name, flags in (("wombet", []), ("scratch", ["--no-prior"])):
-                yield f"{env}__{name}__{seed}", ["--env", env, "--name", name, "--seed", str(seed), *flags]
+                yield job("wombet.py", env, name, seed, *flags)
 
 
-TOPICS = {"transfer": transfer}
+def job(script, env, name, seed, *flags):
+    return script, f"{env}__{name}__{seed}", ["--env", env, "--name", name, "--seed", str(seed), *map(str, flags)]
 
 
-def run(topic, folder, flags):
+def baselines(seeds):
+    """The online baselines against published means: SAC and TD3 at 100,000 steps, PPO (one seed) at 1,000,000."""
+    for seed in seeds:
+        for name in ("sac", "td3"):
+            for env in ("HalfCheetah-v4", "Hopper-v4"):
+                yield job(f"baselines/{name}.py", env, name, seed, "--target-steps", 100_000)
+        if seed == seeds[0]:
+            for env in ("Hopper-v4", "Walker2d-v4"):
+                yield job("baselines/ppo.py", env, "ppo", seed)
+
+
+def offline_data(seeds):
+    """Mixed-quality data: all that SAC stores on its way to a middling return, one file for every seed of `offline`."""
+    yield job("baselines/sac.py", "HalfCheetah-v4", "data", 0, "--target-steps", 30_000, "--save-dataset")
+
+
+DATASET = Path("runs", "offline-data", "HalfCheetah-v4__data__0", "dataset.npz")  # from ROOT, where runs start
+
+
+def offline(seeds):
+    """The offline baselines on that file; 4 actions a state and distribution, not 10, make CQL's penalty 2.5 times as
+    cheap."""
+    for seed in seeds:
+        for name in ("bc", "iql", "awac", "mopo", "cql", "combo"):
+            flags = ["--cql-actions", 4] if name in ("cql", "combo") else []
+            yield job(f"baselines/{name}.py", "HalfCheetah-v4", name, seed, "--dataset", DATASET, "--offline-updates",
+                      50_000, "--eval-every", 10_000, *flags)
+
+
+def offline_table():
+    """results/offline/table.csv from the runs' last offline rows, also on stdout."""
+    data, kept = np.load(ROOT / DATASET), ROOT / "results" / "offline"
+    mean_return = data["rewards"].sum() / (data["terminals"] | data["timeouts"]).sum()  # it ends with an episode's end
+    groups = {}
+    for path in sorted(kept.glob("*/progress.csv")):
+        with open(path) as file:
+            last = [row for row in csv.DictReader(file) if row["phase"] == "offline"][-1]
+        groups.setdefault(path.parent.name.split("__")[1], []).append(float(last["return_mean"]))
+    table = [("name", "seeds", "return_mean", "return_over_data_mean"), ("data", "", round(float(mean_return), 1), 1.0)]
+    table += [(name, len(x), round(np.mean(x), 1), round(np.mean(x) / mean_return, 3)) for name, x in groups.items()]
+    with open(kept / "table.csv", "w", newline="") as file:
+        csv.writer(file).writerows(table)
+    for row in table:
+        print("  ".join(f"{cell!s:<12}" for cell in row))
+
+
+TOPICS = {"transfer": transfer, "baselines": baselines, "offline-data": offline_data, "offline": offline}
+
+
+def run(topic, script, folder, flags):
     """Starts, continues or skips one run; returns its exit code."""
     out, kept = ROOT / "runs" / topic, ROOT / "results" / topic / folder
     if kept.exists():
@@ -39,7 +95,7 @@ def run(topic, folder, flags):
         shutil.rmtree(out / folder, ignore_errors=True)  # it has no checkpoint: nothing to continue
         flags = [*flags, "--out", str(out)]
     with open(out / f"{folder}.log", "a") as log:
-        code = subprocess.run([sys.executable, ROOT / "wombet.py", *flags], cwd=ROOT, stdout=log, stderr=log,
+        code = subprocess.run([sys.executable, ROOT / script, *flags], cwd=ROOT, stdout=log, stderr=log,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if code == 0:
         kept.mkdir(parents=True)
@@ -52,13 +108,18 @@ def run(topic, folder, flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topic", choices=TOPICS)
+    parser.add_argument("topics", nargs="+", choices=TOPICS, metavar="TOPIC", help=", ".join(TOPICS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        codes = list(pool.map(lambda job: run(args.topic, *job), TOPICS[args.topic](args.seeds)))
-    return max(codes)
+    for topic in args.topics:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            codes = list(pool.map(lambda job: run(topic, *job), TOPICS[topic](args.seeds)))
+        if max(codes):
+            return max(codes)
+        if topic == "offline":
+            offline_table()
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,546 @@
+"""Each baseline: what defines it, by hand or on a known distribution; then runs, end to end, at a size of seconds."""
+
+import csv
+import importlib
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import common  # baselines/ is on the path (pytest.ini)
+import plot
+from agent import ReplayBuffer
+from awac import AWAC, weights
+from bc import BC
+from combo import COMBO
+from cql import CQL
+from iql import IQL, expectile_loss, reward_scale
+from mopo import MOPO, Imagination
+from ppo import PPO, RunningMoments, advantages, clipped_objective, clipped_value_loss
+from sac import DelayedSAC
+from tasks import TaskEnv
+from td3 import TD3
+from wombet import COLUMNS
+from world_model import WorldModel
+
+ONLINE, OFFLINE = ("sac", "td3", "ppo"), ("bc", "iql", "awac", "cql", "mopo", "combo")
+SMALL = {"actor_lr": 3e-3, "critic_lr": 3e-3, "batch_size": 64, "hidden": (32,)}
+
+
+def snapshot(network):
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def same(network, before):
+    return all(torch.equal(p, q) for p, q in zip(network.parameters(), before))
+
+
+def filled(n=256, obs_dim=2, action_dim=1, **columns):
+    """A full buffer of one-step episodes: random observations and actions, no reward, where `columns` gives none."""
+    shapes = {"obs": (obs_dim,), "action": (action_dim,), "reward": (), "next_obs": (obs_dim,), "terminated": (),
+              "timeout": (), "uncertainty": ()}
+    data = {"obs": torch.randn(n, obs_dim), "action": torch.rand(n, action_dim) * 2 - 1, "reward": torch.zeros(n),
+            "next_obs": torch.randn(n, obs_dim), "terminated": torch.ones(n), "timeout": torch.zeros(n),
+            "uncertainty": torch.zeros(n), **columns}
+    buffer = ReplayBuffer(n, **shapes)
+    buffer.add(**data)
+    return buffer
+
+
+# ------------------------------------------------------------------------------------------------------- SAC, TD3, PPO
+
+
+@pytest.mark.parametrize("target_entropy, direction", [(5.0, 1), (-50.0, -1)])
+def test_sac_temperature_moves_towards_the_target_entropy(target_entropy, direction):
+    agent = DelayedSAC(2, 1, target_entropy=target_entropy, init_temperature=0.5, **SMALL)
+    buffer = filled()
+    for _ in range(10):
+        agent.learn(buffer)
+    assert direction * (agent.log_temperature.exp().item() - 0.5) > 0.005
+
+
+def test_sac_delays_the_actor_and_makes_up_for_it():
+    agent, buffer = DelayedSAC(2, 1, policy_delay=3, **SMALL), filled()
+    for i in range(1, 7):
+        before = snapshot(agent.actor)
+        agent.learn(buffer)
+        assert same(agent.actor, before) == (i % 3 != 0)
+    steps = lambda optimizer: int(next(iter(optimizer.state.values()))["step"])
+    assert steps(agent.actor_optimizer) == steps(agent.critic_optimizer) == agent.updates == 6
+    assert [g["lr"] for g in agent.actor_optimizer.param_groups] == [3e-3, 3e-3]
+    assert agent.target_entropy == -1 and agent.min_critics == agent.n_critics == 2 and agent.actor_q == "min"
+
+
+def test_td3_smooths_the_target_action():
+    agent = TD3(2, 2, hidden=(8,), discount=0.9)
+    agent.target_actor = lambda obs: torch.tensor([0.0, 0.9]).expand(len(obs), 2)
+    seen = []
+    agent.target_critic = lambda obs, action: seen.append(action) or torch.stack([action[:, 0], 10 + action[:, 0]])
+    reward, terminated = torch.full((20_000,), 2.0), (torch.arange(20_000) % 2).float()
+    y = agent.target(reward, terminated, torch.zeros(20_000, 2))
+    a = seen[0]
+    assert a[:, 0].abs().max() == 0.5 and a[:, 1].max() == 1.0 and a[:, 1].min() >= 0.4 - 1e-6
+    assert abs(a[:, 0].std() - 0.2) < 0.01 and abs(a[:, 0].mean()) < 0.01
+    torch.testing.assert_close(y, 2.0 + 0.9 * (1 - terminated) * a[:, 0])  # the smaller of the two critics
+
+
+def test_td3_delays_actor_and_targets():
+    agent, buffer = TD3(2, 1, hidden=(8,), batch_size=16), filled()
+    slow = ("actor", "target_actor", "target_critic")
+    for i in range(1, 5):
+        before = {name: snapshot(getattr(agent, name)) for name in (*slow, "critic")}
+        agent.learn(buffer)
+        assert not same(agent.critic, before["critic"])
+        assert [same(getattr(agent, name), before[name]) for name in slow] == [i % 2 != 0] * 3
+    obs = np.zeros((4000, 2), dtype=np.float32)
+    noise = agent.act(obs) - agent.act(obs, deterministic=True)
+    assert abs(noise.std() - 0.1) < 0.01
+
+
+def test_ppo_gae_by_hand():
+    """Steps 0 and 1 are an episode that terminates; 2 and 3 are cut by the time limit; 4 goes on."""
+    reward = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    value, next_value = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5]), torch.tensor([1.0, 9.0, 2.0, 7.0, 3.0])
+    terminated, ended = torch.tensor([0.0, 1, 0, 0, 0]), torch.tensor([0.0, 1, 0, 1, 0])
+    g, lam = 0.9, 0.8
+    a4 = 5 + g * 3 - 2.5
+    a3 = 4 + g * 7 - 2.0  # bootstraps, and takes nothing from the episode after it
+    a2 = 3 + g * 2 - 1.5 + g * lam * a3
+    a1 = 2 - 1.0
+    a0 = 1 + g * 1 - 0.5 + g * lam * a1
+    found = advantages(reward, value, next_value, terminated, ended, g, lam)
+    torch.testing.assert_close(found, torch.tensor([a0, a1, a2, a3, a4]))
+
+
+def test_ppo_objective_by_hand():
+    log_ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1]).log().requires_grad_()
+    advantage = torch.tensor([2.0, 2.0, -2.0, -2.0, 1.0])
+    loss = clipped_objective(log_ratio, advantage, 0.2)
+    assert loss.item() == pytest.approx(-(1.2 * 2 + 0.5 * 2 - 1.5 * 2 - 0.8 * 2 + 1.1) / 5)
+    loss.backward()
+    assert (log_ratio.grad == 0).tolist() == [True, False, False, True, False]  # no gain from going further out
+    value = torch.tensor([1.0, 3.0])
+    # 3 is 2 away from the old value: cut to 1.2, which is farther from the return 3.5
+    assert clipped_value_loss(value, torch.ones(2), torch.tensor([1.5, 3.5]), 0.2).item() == pytest.approx(
+        0.5 * (0.5**2 + 2.3**2) / 2)
+
+
+def test_running_moments_are_those_of_all_rows():
+    rows, moments = torch.randn(100, 3) * 5 + 2, RunningMoments((3,))
+    for part in rows.split(33):
+        moments.update(part)
+    torch.testing.assert_close(moments.mean, rows.double().mean(0))
+    torch.testing.assert_close(moments.var, rows.double().var(0, correction=0))
+
+
+def test_ppo_scales_rewards_by_the_discounted_return():
+    agent = PPO(2, 1, steps=100, discount=0.5)
+    reward, ended = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 1.0, 0.0])
+    returns = np.array([1.0, 0.5 + 2, 4.0])
+    torch.testing.assert_close(agent.scaled_rewards(reward, ended), reward / returns.std(), rtol=1e-5, atol=0)
+    assert agent.running_return == 4.0
+
+
+def test_ppo_learns_once_a_batch_and_anneals():
+    agent = PPO(2, 1, steps=64, rollout_steps=16, minibatches=2, epochs=3, lr=1e-3)
+    buffer = filled(16)
+    buffer.position = 5
+    assert agent.learn(buffer) == {} and agent.updates == 0
+    buffer.position = 0
+    obs = buffer.data["obs"][:4]
+    for i in range(4):
+        before = agent.normalise(obs)
+        agent.learn(buffer)
+        assert agent.updates == 6 * (i + 1) and not torch.equal(before, agent.normalise(obs)) or i > 0
+        assert agent.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - i / 4))
+
+
+# ---------------------------------------------------------------------------------------------------- BC, IQL and AWAC
+
+
+def test_bc_reaches_the_likelihood_of_a_known_policy():
+    obs = torch.randn(4000, 2)
+    mean, std = torch.tanh(obs @ torch.tensor([[0.5, -0.3], [0.2, 0.4]])), torch.tensor([0.1, 0.3])
+    buffer = filled(4000, action_dim=2, obs=obs, action=mean + std * torch.randn(4000, 2))
+    agent = BC(2, 2, hidden=(32,), lr=1e-2)
+    losses = [agent.learn(buffer)["actor_loss"].item() for _ in range(600)]
+    entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum().item()  # what the policy itself scores
+    assert np.mean(losses[-100:]) == pytest.approx(entropy, abs=0.05)
+    torch.testing.assert_close(agent.policy.log_std.exp().detach(), std, rtol=0.1, atol=0.01)
+
+
+def test_bc_online_is_td3_whose_actor_rests_first():
+    agent, buffer = BC(2, 1, hidden=(8,), batch_size=16, critic_steps=4), filled()
+    agent.learn(buffer)
+    agent.start_online()
+    assert same(agent.target_actor, snapshot(agent.actor))
+    before = snapshot(agent.actor)
+    for i in range(1, 7):
+        agent.learn(buffer)
+        assert same(agent.actor, before) == (i < 5)  # i = 1, 3, 5 are the actor's turns
+
+
+@pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
+def test_expectile_of_the_uniform_distribution(expectile):
+    """Of U(0, 1) it is sqrt(tau) / (sqrt(tau) + sqrt(1 - tau))."""
+    q, v = torch.linspace(0, 1, 1001), torch.tensor(0.0, requires_grad=True)
+    optimizer = torch.optim.LBFGS([v], max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = expectile_loss(q - v, expectile)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    known = math.sqrt(expectile) / (math.sqrt(expectile) + math.sqrt(1 - expectile))
+    assert v.item() == pytest.approx(known, abs=2e-3)
+
+
+def test_iql_reward_scale_by_hand():
+    """Three trajectories, ended by terminal, by timeout and by a cut that only the observations show."""
+    obs = torch.arange(6.0)[:, None]
+    next_obs = obs + 1
+    next_obs[4] = 50.0
+    data = {"obs": obs, "next_obs": next_obs, "reward": torch.tensor([1.0, 2, 10, 4, 5, 6]),
+            "terminated": torch.tensor([0.0, 1, 0, 0, 0, 0]), "timeout": torch.tensor([0.0, 0, 1, 0, 0, 0])}
+    assert reward_scale(data) == pytest.approx(1000 / (10 - 3))  # returns 3, 10, 9, 6
+    assert reward_scale({key: values[:2] for key, values in data.items()}) == 1.0
+
+
+def test_awac_weights():
+    advantage = torch.tensor([-2.0, 0.0, 1.0, 100.0])
+    torch.testing.assert_close(weights(advantage, 2.0), torch.tensor([math.exp(-1), 1.0, math.exp(0.5), 100.0]))
+
+
+@pytest.mark.parametrize("method", [BC, IQL, AWAC])
+def test_on_mixed_data_the_weights_prefer_what_pays(method):
+    """Half of the actions are near -.5, half near .5, which alone pays; BC imitates the mean of both."""
+    side = torch.arange(400) % 2
+    action = (side - 0.5)[:, None] + 0.05 * torch.randn(400, 1)
+    buffer = filled(400, action=action, reward=side.float(), obs=torch.zeros(400, 2))
+    flags = {IQL: {"beta": 20.0, "scale_rewards": False}, AWAC: {"awac_lambda": 0.2}, BC: {}}[method]
+    agent = method(2, 1, lr=3e-3, hidden=(32,), batch_size=128, **flags)
+    for _ in range(300):
+        agent.learn(buffer)
+    chosen = agent.act(torch.zeros(1, 2), deterministic=True).item()
+    assert abs(chosen) < 0.15 if method is BC else chosen > 0.35
+
+
+# ---------------------------------------------------------------------------------------------------- CQL, MOPO, COMBO
+
+
+def test_cql_pushes_unseen_actions_down():
+    """All reward is 1, all actions lie in [0, 1]: without the penalty Q is as high elsewhere."""
+    buffer = filled(512, action=torch.rand(512, 1), reward=torch.ones(512))
+    gap = {}
+    for alpha in (0.0, 5.0):
+        agent = CQL(2, 1, cql_alpha=alpha, n_actions=4, **SMALL)
+        for _ in range(150):
+            agent.learn(buffer)
+        obs = torch.randn(200, 2)
+        with torch.no_grad():
+            seen, unseen = (agent.critic(obs, torch.full((200, 1), a)).mean().item() for a in (0.5, -0.7))
+        gap[alpha] = seen - unseen
+    assert abs(gap[0.0]) < 0.5 and gap[5.0] > 1.5
+
+
+def test_cql_integral_of_a_known_q():
+    """Q(s, a) = c . a: the integral of exp Q over [-1, 1]^A is the product of 2 sinh(c_j) / c_j."""
+    agent = CQL(2, 2, n_actions=3000, **SMALL)
+    c = torch.tensor([1.0, -2.0])
+    agent.critic = lambda obs, action: torch.stack([action @ c, action @ c + 1])
+    known = (2 * c.sinh() / c).log().sum()
+    found = agent.log_integral(torch.zeros(4, 2), torch.zeros(4, 2))
+    torch.testing.assert_close(found, torch.stack([known, known + 1])[:, None].expand(2, 4), rtol=0, atol=0.1)
+
+
+def constant_model(biases):
+    """A world model of one observation and the reward; member i predicts (delta, reward) = biases[i], nearly surely."""
+    model = WorldModel(1, 1, 1, members=len(biases), hidden=4, layers=1)
+    with torch.no_grad():
+        for p in (*model.weights, *model.biases):
+            p.zero_()
+        model.biases[-1][:, 0, :2] = torch.tensor(biases)
+        model.biases[-1][:, 0, 2:] = -100.0
+        model.min_logvar.fill_(-30.0)
+    return model
+
+
+SHORT = {"rollout_batch": 64, "rollout_length": 3, "rollout_every": 10, "retain": 2, "real_ratio": 0.5}
+
+
+def test_mopo_reward_on_a_model_with_known_disagreement():
+    model = constant_model([[0.1, 1.0], [0.3, 3.0]])  # (delta, reward) of the two members
+    imagination = Imagination(model, lambda obs: obs[:, 0] > 0.35, penalty_coef=2.0, **SHORT)
+    imagination.roll_out(lambda obs: torch.zeros(len(obs), 1), torch.zeros(64, 1))
+    u = math.sqrt((0.1**2 + 1.0**2) / 2)  # standard deviations over the members, of both dimensions, over sqrt(2)
+    data = imagination.buffer.filled()
+    for reward in data["reward"].tolist():
+        assert min(abs(reward - (1 - 2 * u)), abs(reward - (3 - 2 * u))) < 1e-3
+    first = data["next_obs"][:64, 0]
+    assert {round(x, 3) for x in first.tolist()} == {0.1, 0.3}  # a member each, not their mean
+    torch.testing.assert_close(data["terminated"], (data["next_obs"][:, 0] > 0.35).float())
+    assert (data["obs"][:, 0] <= 0.35).all()  # nothing goes on after its end
+    assert len(data["obs"]) < 3 * 64 and (data["uncertainty"] == 0).all()
+
+
+def test_mopo_and_combo_mix_data_and_imagined_steps():
+    buffer = filled(obs_dim=1, action=torch.full((256, 1), 0.25))
+    for real_ratio, n in ((0.05, 3), (0.5, 32)):
+        imagination = Imagination(constant_model([[0.1, 1.0]] * 2), lambda obs: obs[:, 0] > 99,
+                                  **{**SHORT, "real_ratio": real_ratio})
+        batch, n_real = imagination.batch(buffer, lambda obs: torch.full((len(obs), 1), 0.75), 0, 64)
+        assert n_real == n and imagination.buffer.size == 64 * 3
+        assert batch["action"].flatten().tolist() == [0.25] * n + [0.75] * (64 - n)
+        assert imagination.batch(buffer, None, 5, 64)[0]["obs"].shape == (64, 1)  # not yet time for new rollouts
+    agent = MOPO(1, 1, imagination=imagination, **SMALL)
+    agent.learn(buffer)
+    assert agent.updates == 1
+
+
+def test_combo_pushes_data_up_and_the_mix_down(monkeypatch):
+    """The gap is the mix's log integral less Q on the data rows alone."""
+    imagination = Imagination(constant_model([[0.1, 1.0]] * 2), lambda obs: obs[:, 0] > 99, **SHORT)
+    agent = COMBO(1, 1, imagination=imagination, cql_alpha=3.0, n_actions=2, **SMALL)
+    batch, n_real = imagination.batch(filled(obs_dim=1), agent.act, 0, 64)
+    monkeypatch.setattr(agent, "log_integral", lambda obs, next_obs: torch.full((2, len(obs)), 7.0))
+    monkeypatch.setattr(agent, "target", lambda *_: torch.zeros(64))
+    q = agent.critic(batch["obs"], batch["action"]).detach()
+    loss = agent.update_critic(batch, n_real)["critic_loss"].item() * 2
+    known = q.square().mean(1).sum() + 3.0 * (7.0 - q[:, :32].mean(1)).sum()
+    assert loss == pytest.approx(known.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+TINY = "--eval-every 40 --eval-episodes 1 --checkpoint-every 30 --hidden 16 --device cpu".split()
+TINY_ONLINE = [*TINY, "--target-steps", "100"]
+TINY_OFFLINE = [*TINY, "--offline-updates", "60", "--online-steps", "50", "--batch-size", "16"]
+TINY_MODEL = """--members 2 --model-hidden 16 --model-layers 1 --model-epochs 2 --rollout-batch 20 --rollout-length 2
+                --rollout-every 10""".split()
+EXTRA = {"sac": ["--random-steps", "30", "--batch-size", "16"], "td3": ["--random-steps", "30", "--batch-size", "16"],
+         "ppo": ["--rollout-steps", "32", "--minibatches", "2", "--epochs", "2"], "bc": ["--critic-steps", "10"],
+         "cql": ["--cql-actions", "2"], "mopo": TINY_MODEL, "combo": [*TINY_MODEL, "--cql-actions", "2"]}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """300 random steps of Hopper under D4RL's names, written by hand."""
+    env, rng = TaskEnv("Hopper-v4", seed=5), np.random.default_rng(5)
+    steps, obs = [], env.reset()
+    for _ in range(300):
+        action = rng.uniform(-1, 1, 3).astype(np.float32)
+        next_obs, reward, terminated, truncated, features = env.step(action)
+        steps.append((obs, action, reward, next_obs, terminated, truncated, features))
+        obs = env.reset() if terminated or truncated else next_obs
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "features")
+    path = tmp_path_factory.mktemp("data") / "hopper.npz"
+    np.savez(path, **{name: np.array(column) for name, column in zip(names, zip(*steps))})
+    return path
+
+
+def run(method, out, dataset, *flags, name="a"):
+    """Runs a baseline on Hopper; returns its exit code and its folder."""
+    given = TINY_ONLINE if method in ONLINE else [*TINY_OFFLINE, "--dataset", str(dataset)]
+    code = importlib.import_module(method).main(["--env", "Hopper-v4", "--out", str(out), "--name", name, *given,
+                                                 *EXTRA.get(method, []), *map(str, flags)])
+    return code, out / f"Hopper-v4__{name}__0"
+
+
+def rows(folder):
+    with open(folder / "progress.csv") as file:
+        return [{key: value for key, value in row.items() if key != "wall_clock"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, dataset):
+    """Uninterrupted runs, each made when it is first asked for."""
+    made = {}
+
+    def get(method):
+        if method not in made:
+            code, made[method] = run(method, tmp_path_factory.mktemp(method), dataset)
+            assert code == 0
+        return made[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", ONLINE + OFFLINE)
+def test_a_run_leaves_what_wombet_leaves_and_plays(whole, method, capsys):
+    folder = whole(method)
+    table = rows(folder)
+    assert [*table[0]] == [c for c in COLUMNS if c != "wall_clock"]
+    marks = [(r["phase"], r["env_steps"]) for r in table]
+    if method in ONLINE:
+        assert marks == [("target", "40"), ("target", "80"), ("target", "100")]
+    else:
+        assert marks == [("offline", "0"), ("offline", "0"), ("target", "0"), ("target", "40"), ("target", "50")]
+        assert [r["updates"] for r in table] == ["40", "60", "60", "100", "110"]
+        assert table[2]["return_mean"] == table[1]["return_mean"] and table[0]["prior_size"] == "300"
+    assert json.loads((folder / "config.json").read_text())["flags"]["env"] == "Hopper-v4"
+    capsys.readouterr()
+    assert importlib.import_module(method).main(["--evaluate", str(folder)]) == 0
+    assert f"return {float(table[-1]['return_mean']):.1f} ±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, calls", [("sac", 41), ("ppo", 75), ("bc", 70), ("iql", 47), ("mopo", 57),
+                                           ("combo", 83)])
+def test_stop_and_resume_equals_the_uninterrupted_run(whole, dataset, tmp_path, monkeypatch, method, calls):
+    """SIGINT during that training step: offline for up to 60, online beyond."""
+    count, original = [0], common.learn
+
+    def counted(run):
+        count[0] += 1
+        if count[0] == calls:
+            signal.raise_signal(signal.SIGINT)
+        original(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "learn", counted)
+        code, stopped = run(method, tmp_path, dataset)
+    assert code == 130 and len(rows(stopped)) < len(rows(whole(method)))
+    assert importlib.import_module(method).main(["--resume", str(stopped)]) == 0
+    assert rows(stopped) == rows(whole(method))
+    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (stopped, whole(method)))
+    assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
+
+
+def test_an_offline_run_goes_on_online_later(whole, dataset, tmp_path):
+    """An offline run that is resumed with --online-steps is the run that had them from the start."""
+    code, folder = run("iql", tmp_path, dataset, "--online-steps", "0")
+    assert code == 0 and rows(folder) == rows(whole("iql"))[:3]
+    import iql
+
+    assert iql.main(["--resume", str(folder), "--online-steps", "50"]) == 0
+    assert rows(folder) == rows(whole("iql"))
+
+
+def test_ppo_statistics_travel_with_the_checkpoint(whole):
+    state = torch.load(whole("ppo") / "checkpoint.pt", weights_only=True)
+    agent = PPO(11, 3, steps=100, hidden=(16, 16))
+    agent.load_state_dict(state["agent"])
+    assert agent.obs_moments.count == agent.return_moments.count == 96  # three batches of 32
+    obs = np.random.default_rng(0).normal(size=(5, 11)).astype(np.float32)
+    assert agent.normalise(torch.as_tensor(obs)).sub(torch.as_tensor(obs)).abs().max() > 0.1
+    fresh = PPO(11, 3, steps=100, hidden=(16, 16))
+    fresh.actor.load_state_dict(agent.actor.state_dict())
+    assert not torch.equal(agent.act(obs, True), fresh.act(obs, True))
+
+
+def test_a_d4rl_file_with_five_keys_trains_bc(dataset, tmp_path, capsys):
+    data = np.load(dataset)
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
+    np.savez(tmp_path / "five.npz", **{name: data[name] for name in names})
+    code, folder = run("bc", tmp_path, tmp_path / "five.npz", "--online-steps", "0")
+    assert code == 0 and rows(folder)[-1]["prior_size"] == "300"
+    # the source's reward needs the velocity, which is not among the five
+    assert run("bc", tmp_path, tmp_path / "five.npz", "--source-rewards", name="b")[0] == 2
+    assert "lacks x_velocity" in capsys.readouterr().err
+
+
+def test_source_rewards_are_the_source_tasks(dataset):
+    import iql
+
+    args = iql.build_parser().parse_args(["--dataset", str(dataset), "--env", "Hopper-v4", "--source-speed-cap", "0.1",
+                                          "--device", "cpu"])
+    data, env = np.load(dataset), TaskEnv("Hopper-v4")
+    np.testing.assert_allclose(common.read_dataset(args, env).filled()["reward"], data["rewards"], rtol=1e-5)
+    args.source_rewards = True
+    known = np.minimum(data["features"][:, 0], 0.1) + 1 - 1e-3 * np.square(data["actions"]).sum(1)
+    np.testing.assert_allclose(common.read_dataset(args, env).filled()["reward"], known, rtol=1e-5)
+
+
+def test_a_saved_replay_buffer_is_a_dataset(tmp_path):
+    code, folder = run("sac", tmp_path, None, "--save-dataset", "--target-steps", "60")
+    assert code == 0
+    assert run("bc", tmp_path, folder / "dataset.npz", "--online-steps", "0", name="b")[0] == 0
+
+
+SWITCHES = [("sac", "--no-backup-entropy"), ("sac", "--layer-norm"), ("sac", "--policy-delay=1"),
+            ("ppo", "--no-normalise-obs"), ("ppo", "--no-normalise-rewards"), ("ppo", "--no-anneal-lr"),
+            ("ppo", "--entropy-coef=0.1"), ("td3", "--target-noise=0"), ("td3", "--exploration=0"),
+            ("iql", "--no-cosine-lr"), ("iql", "--no-scale-rewards"), ("iql", "--expectile=0.9"), ("iql", "--beta=0"),
+            ("iql", "--source-rewards"), ("awac", "--awac-lambda=0.1"), ("cql", "--cql-alpha=0"),
+            ("cql", "--backup-entropy"), ("mopo", "--penalty-coef=0"), ("mopo", "--real-ratio=0.5"),
+            ("mopo", "--uncertainty=std"), ("combo", "--real-ratio=0.9")]
+
+
+@pytest.mark.parametrize("method, flag", SWITCHES)
+def test_each_flag_changes_what_the_run_learns(whole, dataset, tmp_path, method, flag):
+    budget = [] if method in ONLINE else ["--online-steps", "0", "--source-speed-cap", "0.01"]
+    code, folder = run(method, tmp_path, dataset, flag, *budget)
+    assert code == 0
+    weights = [torch.load(f / "checkpoint.pt", weights_only=True)["agent"] for f in (folder, whole(method))]
+    n = len(rows(folder)) - 1
+    assert rows(folder)[1] != rows(whole(method))[1] or rows(folder)[n] != rows(whole(method))[n] or any(
+        not torch.equal(a, b) for a, b in zip(*(w["actor"].values() for w in weights)))
+
+
+BAD = {"no dataset": ["bc", "--dataset", ""], "missing file": ["iql", "--dataset", "nowhere.npz"],
+       "unknown environment": ["sac", "--env", "Nope-v4"], "unknown flag": ["td3", "--nope"],
+       "negative": ["ppo", "--epochs", "-1"], "minibatches": ["ppo", "--minibatches", "33"],
+       "share": ["iql", "--expectile", "2"], "no checkpoint": ["sac", "--resume", "nowhere"],
+       "gif": ["sac", "--gif", "a.gif"], "nothing to do": ["bc", "--offline-updates", "0", "--online-steps", "0"],
+       "no data in a batch": ["combo", "--real-ratio", "0"], "device": ["cql", "--device", "abacus"],
+       "unknown source": ["awac", "--source-rewards", "--source", "x"],
+       "another environment's data": ["mopo", "--env", "Walker2d-v4"]}
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, dataset, capsys, case):
+    code, folder = run(case[0], tmp_path, dataset, *case[1:])
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith(f"{case[0]}.py: ") and error.count("\n") == 1
+    assert not list(tmp_path.glob("*__a__0"))
+
+
+def test_another_programs_checkpoint_and_a_folder_that_exists_are_refused(whole, dataset, capsys):
+    import td3
+
+    folder = whole("sac")
+    before = (folder / "progress.csv").read_bytes()
+    assert td3.main(["--resume", str(folder)]) == 2
+    assert "not a checkpoint of td3.py" in capsys.readouterr().err
+    assert run("sac", folder.parent, None)[0] == 2 and "exists" in capsys.readouterr().err
+    assert (folder / "progress.csv").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch, capsys):
+    original, count = IQL.learn, [0]
+
+    def poisoned(agent, buffer):
+        count[0] += 1
+        if count[0] == 45:
+            buffer.data["reward"].fill_(float("nan"))
+        return original(agent, buffer)
+
+    monkeypatch.setattr(IQL, "learn", poisoned)
+    code, folder = run("iql", tmp_path, dataset)
+    assert code == 1 and "not finite" in capsys.readouterr().err
+    assert (folder / "nonfinite.pt").exists()
+    assert all(p.isfinite().all() for p in torch.load(folder / "checkpoint.pt", weights_only=True)["agent"][
+        "critic"].values())
+
+
+def test_plot_takes_baselines_together(whole, tmp_path, capsys):
+    folders = [str(whole(method)) for method in ("sac", "iql")]
+    for folder, name in zip(folders, ("sac", "iql")):
+        target = tmp_path / f"Hopper-v4__{name}__0"
+        target.mkdir()
+        (target / "progress.csv").write_bytes((whole(name) / "progress.csv").read_bytes())
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
+    assert plot.main([str(tmp_path), "--kind", "bars", "--phase", "offline", "--out", str(tmp_path / "b.png")]) == 0
+    assert "iql" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ONLINE + OFFLINE)
+def test_help_names_every_flag_with_a_word_of_help(method):
+    parser = importlib.import_module(method).build_parser()
+    assert len(parser.format_help()) > 1000
+    for action in parser._actions:
+        assert action.help, action.option_strings
