@@ -83,7 +83,9 @@ def new_parser(doc, name, source=True):
     g.add_argument("--name", default=name, help="second part of the run folder's name; plots group by it")
     g.add_argument("--out", default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
-    g.add_argument("--threads", type=count, default=1, help="CPU threads of the tensor library")
+    threads = min(2, os.cpu_count())  # beyond two the products are too small; of two runs at once each wants one
+    g.add_argument("--threads", type=count, default=threads, help="CPU threads; 1 each for as many runs as cores")
+    g.add_argument("--precision", default="highest", choices=("highest", "high", "medium"), help="of float32 products")
     g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
     g.add_argument("--resume", metavar="RUN_DIR", help="continue that run, with its flags unless given anew here")
     g.add_argument("--evaluate", metavar="RUN_DIR", help="only play that run's policy, and print its return")
@@ -158,6 +160,7 @@ def build_parser():
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
+    g.add_argument("--compile", **SWITCH, default=False, help="torch.compile the critics: faster after a minute")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
 
     g = parser.add_argument_group("transfer (section 4.6)")
@@ -354,7 +357,7 @@ def build(args, run_dir):
                     hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
                     backup_entropy=args.backup_entropy, actor_q=args.actor_q, penalty_coef=args.target_penalty_coef,
-                    device=args.device)
+                    compile=args.compile, device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
                                buffer=ReplayBuffer(steps, args.device, **env.shapes), planned=False)
 
@@ -697,6 +700,7 @@ def run_program(program, argv, parser, check, train, play):
     try:
         args = parse_args(argv, parser, check)
         torch.set_num_threads(args.threads)
+        torch.set_float32_matmul_precision(args.precision)
         keep_freed_memory()
         play(args) if args.evaluate else train(args)
     except (ValueError, FloatingPointError) as error:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,34 @@ def test_update_steps():
             torch.testing.assert_close(t, 0.75 * o + 0.25 * c)
     for ours, theirs in zip(sac.critic.parameters(), twin.critic.parameters()):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_updates_equal_plain_ones():
+    """Three updates of two slices, the compiled critics' parts and the plain ones from one seed."""
+    batches = [make_batch(2, 8, reward=torch.randn(2, 8)) for _ in range(3)]
+    states, infos = [], []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        sac = SAC(3, 2, n_critics=3, min_critics=3, hidden=(16, 16), compile=compiled)
+        infos.append([sac.update(batch, 2) for batch in batches])
+        states.append(sac.state_dict())
+    for plain, fused in zip(*infos):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    for part in ("actor", "critic", "target_critic"):
+        torch.testing.assert_close(states[1][part], states[0][part], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_an_update_never_waits_for_the_gpu():
+    sac = SAC(3, 2, n_critics=5, min_critics=2, device="cuda")
+    batch = {key: value.cuda() for key, value in make_batch(4, 16).items()}
+    sac.update(batch, 4)  # the first call may set things up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sac.update(batch, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("n_critics, min_critics", [(2, 2), (4, 2)])

@@ -38,6 +38,13 @@ def test_bound_of_eq_8(layer_norm):
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
+def test_some_of_the_critics(layer_norm):
+    critic, obs, action = randomised(CriticEnsemble(5, 5, 2, (16, 24), layer_norm)), torch.randn(9, 5), torch.rand(9, 2)
+    drawn = torch.tensor([3, 1])
+    torch.testing.assert_close(critic(obs, action, drawn), critic(obs, action)[drawn])
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
 def test_stacked_critics_are_separate_networks(layer_norm):
     """Values and gradients, to parameters and actions, equal those of N nn.Sequential; with frozen critics too."""
     n, sizes = 3, [7, 16, 24, 1]

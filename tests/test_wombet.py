@@ -4,6 +4,9 @@ import csv
 import json
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 
           --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50 --imagined-trajectories 8
           --imagined-length 10
           --population 8 --elites 4 --policy-samples 4 --batch-size 16
-          --utd 2 --device cpu""".split()
+          --utd 2 --device cpu --threads 1""".split()
 
 
 def run(out, *flags, name="a", env="Hopper-v4"):
@@ -104,6 +107,52 @@ def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatc
     assert rows(stopped) == rows(whole)
     ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (stopped, whole))
     assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_precision_of_products(tmp_path, precision):
+    """The flag reaches torch; on this kind of CPU each choice is exact to float32, with AMX medium rounds to bfloat16."""
+    cpu = Path("/proc/cpuinfo")
+    rough = precision == "medium" and cpu.exists() and "amx" in cpu.read_text()
+    try:
+        assert run(tmp_path, "--no-prior", "--target-steps", 70, "--precision", precision)[0] == 0
+        assert torch.get_float32_matmul_precision() == precision
+        x, w = torch.randn(5, 128, 200), torch.randn(5, 200, 200)
+        error = (torch.bmm(x, w) - torch.bmm(x.double(), w.double())).abs().max() / 200**0.5
+        assert error < (2e-2 if rough else 1e-5)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+MEMORY = """
+import resource, sys, wombet
+from pathlib import Path
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+args = wombet.parse_args(["--env", "HalfCheetah-v4", "--target-steps", "1000000", "--eval-episodes", "1",
+                          "--model-hidden", "16", "--model-batch-size", "4096"])
+run = wombet.build(args, Path(sys.argv[1]))
+for _ in range(1000):
+    wombet.torch.manual_seed(0)
+    run.target.buffer.add(**{k: wombet.torch.rand(1000, *v.shape[1:]) for k, v in run.target.buffer.data.items()})
+run.source.buffer.add(**run.target.buffer.sample(20_000))
+run.prior.add(**run.target.buffer.sample(200_000))
+before = peak()
+for _ in range(20):
+    wombet.update(run, run.target, run.prior)
+print(before, peak() - before)
+wombet.fit(run, 1)
+wombet.save(run.dir / "checkpoint.pt", wombet.state_dict(run))
+print(peak())
+"""
+
+
+def test_memory_of_a_long_run(tmp_path):
+    """1,000,000 transitions in D_T and 200,000 in D_S: an update takes no copy of them, fit and checkpoint stay small."""
+    root = Path(wombet.__file__).parent
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    filled, update, whole = map(float, done.stdout.split() and [w for w in done.stdout.split() if w[0].isdigit()][:2]
+                                + [done.stdout.split()[-1]])
+    assert filled < 1.0 and update < 0.05 and whole < 2.0  # GiB
 
 
 def test_resume_goes_on_to_more_steps(base, tmp_path):
