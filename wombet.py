@@ -130,6 +130,7 @@ def build_parser():
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
     g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
+    g.add_argument("--plan-dtype", default="float32", choices=("float32", "bfloat16"), help="the model's, in planning")
     g.add_argument("--collect-penalty-coef", type=nonnegative, default=0.0, help="lambda while collecting source data")
     g.add_argument("--plan-penalty-coef", type=nonnegative, default=20.0, help="lambda for generating D_S")
 
@@ -373,7 +374,7 @@ def build(args, run_dir):
         run.source = side(args.source, args.source_steps, 1)
         run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
                                hidden=args.model_hidden, layers=args.model_layers,
-                               uncertainty_kind=args.uncertainty).to(args.device)
+                               uncertainty_kind=args.uncertainty, inference_dtype=args.plan_dtype).to(args.device)
         rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
         size = rounds * args.imagined_trajectories * args.imagined_length
         run.prior = ReplayBuffer(size, args.device, **env.shapes)

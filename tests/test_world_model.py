@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from mpc import MPC
 from world_model import WorldModel
 
 KINDS = WorldModel.UNCERTAINTIES
@@ -57,6 +58,25 @@ def test_recovers_a_linear_gaussian_system(fitted):
     next_obs, features, u = model.step(data[0][:50], data[1][:50])
     torch.testing.assert_close(torch.cat([next_obs, features], -1), mean.mean(0)[:50])
     torch.testing.assert_close(u, model.uncertainty(data[0][:50], data[1][:50]))
+
+
+def test_planning_in_bfloat16(fitted):
+    """Steps and u are those of float32 within a part of the noise; plans made in either are as good, judged in float32."""
+    data, _, state = fitted
+    models = [fill(small(inference_dtype=dtype), state) for dtype in ("float32", "bfloat16")]
+    obs, action = 2 * torch.randn(500, 2), torch.rand(500, 1) * 2 - 1
+    (exact, _, u), (rough, _, rough_u) = (model.step(obs, action) for model in models)
+    assert 0 < (rough - exact).abs().max() < 0.2 * NOISE[1]
+    assert torch.corrcoef(torch.stack([u, rough_u]))[0, 1] > 0.99
+    reward = lambda obs, action, next_obs, features: -next_obs.square().sum(-1)
+    never = lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool)
+    judge, values = MPC(models[0].step, reward, never, 1, horizon=4), []
+    for model in models:
+        torch.manual_seed(0)
+        plan, _ = MPC(model.step, reward, never, 1, horizon=4, population=64, iterations=3).plan(obs[:100])
+        values.append(judge.rollout(obs[:100], plan)[1].mean().item())
+    nothing = judge.rollout(obs[:100], torch.zeros(100, 4, 1))[1].mean().item()
+    assert abs(values[1] - values[0]) < 0.01 * (values[0] - nothing)
 
 
 @pytest.mark.parametrize("kind", KINDS)
