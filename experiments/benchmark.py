@@ -105,7 +105,8 @@ def prepare(o):
     """A run of wombet.py with default flags, its buffers and D_S full and its model roughly fit."""
     import wombet  # here and below: of the repository that this process was given, see --before
 
-    args = wombet.parse_args([*shlex.split(o.flags), "--env", ENV, "--device", o.device, "--eval-episodes", "1"])
+    flags = shlex.split(o.flags) + ["--compile"] * o.compile
+    args = wombet.parse_args([*flags, "--env", ENV, "--device", o.device, "--eval-episodes", "1"])
     run = wombet.build(args, Path(o.folder))
     run.interrupted, args.random_steps = False, 1000
     args.eval_every = args.checkpoint_every = args.refit_every = 10**9  # the loops alone
@@ -130,7 +131,7 @@ def rlpd_step(o, critics, min_critics, batch, layer_norm=True, actor_updates=1):
     from agent import SAC, mixed_batch
 
     agent = SAC(OBS, ACTION, n_critics=critics, min_critics=min_critics, hidden=(o.hidden, o.hidden),
-                layer_norm=layer_norm, device=o.device)
+                layer_norm=layer_norm, device=o.device, **{"compile": True} if o.compile else {})
 
     def call():
         for _ in range(actor_updates):
@@ -143,7 +144,8 @@ def world_model(o, members):
     """A 4-layer ensemble with the fitted model's normalisation."""
     from world_model import WorldModel
 
-    model = WorldModel(OBS, ACTION, FEATURES, members=members, hidden=o.model_hidden, layers=4).to(o.device)
+    dtype = {} if "plan_dtype" not in o.run.args else {"inference_dtype": o.run.args.plan_dtype}
+    model = WorldModel(OBS, ACTION, FEATURES, members=members, hidden=o.model_hidden, layers=4, **dtype).to(o.device)
     model.load_state_dict(dict(o.run.model.named_buffers()), strict=False)
     return model
 
@@ -492,7 +494,8 @@ def table(report):
     """The report as text."""
     machine = report["machine"]
     lines = [f"{machine['processor']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-             f"precision {machine['precision']}, {report['flags']['clock']} time"]
+             f"precision {machine['precision']}, {report['flags']['clock']} time"
+             + (", ours compiled" if report["flags"]["compile"] else "")]
     for precision, (rate, error) in report["peaks"].items():
         lines.append(f"peak of float32 matrix products at {precision}: {rate:.0f} GFLOP/s, relative error {error:.0e}")
     lines += ["", f"{'':2}{'work':58}{'by':28}{'ms':>9}  {'min..max':17}{'x ours':>7}{'GFLOP/s':>9}{'of peak':>8}"]
@@ -558,6 +561,7 @@ def parse_args(argv):
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--precision", default="highest", choices=PRECISIONS,
                         help="torch.set_float32_matmul_precision (default: highest)")
+    parser.add_argument("--compile", action="store_true", help="our critics compiled")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU time, where other programs "
                         "run too; with one thread only (default: wall)")
     parser.add_argument("--repetitions", type=int, default=7, help="measurements of each work (default: 7)")
