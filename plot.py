@@ -180,7 +180,7 @@ def read_references(path, wanted, envs):
 
 def new_figure(count, legend, stacked=1, height=3.0):
     """A figure and axes (stacked, count), 3.3 x `height` inches, three a row, above a legend that hides none."""
-    columns = count if stacked > 1 else min(count, 3)
+    columns = count if stacked > 1 else 2 if count == 4 else min(count, 3)
     rows = stacked * math.ceil(count / columns)
     longest = max((len(handle.get_label()) for handle in legend), default=1)
     per_line = max(1, min(len(legend), int(3.3 * columns * 72 / (4.6 * longest + 42))))
