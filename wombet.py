@@ -508,13 +508,8 @@ def learn(run, name):
             action = run.explorer.act(torch.as_tensor(obs, device=args.device)[None])[0].cpu().numpy()
         else:
             action = agent.act(obs).cpu().numpy()
-        next_obs, reward, terminated, truncated, features = env.step(action)
-        # a truncated step is stored as not terminated: its value goes on (the target bootstraps)
-        buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=terminated,
-                   timeout=truncated and not terminated, features=features, uncertainty=0.0)
+        store_step(env, buffer, action)
         side.step += 1
-        if terminated or truncated:
-            env.obs = None
         if not warm:
             info = update(run, side, prior)
         if name == "target" and prior is not None and not args.offline_data and args.refit_every and (
@@ -528,6 +523,17 @@ def learn(run, name):
         if side.step % args.checkpoint_every == 0:
             save(run.dir / "checkpoint.pt", state_dict(run))
         run.log.live(name, side.step, steps, text)
+
+
+def store_step(env, buffer, action):
+    """Takes one step and stores it; `env.obs` is None after an episode's last."""
+    obs = env.obs
+    next_obs, reward, terminated, truncated, features = env.step(action)
+    # a truncated step is stored as not terminated: its value goes on (the target bootstraps)
+    buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=terminated,
+               timeout=truncated and not terminated, features=features, uncertainty=0.0)
+    if terminated or truncated:
+        env.obs = None
 
 
 def start_episode(run, name):
@@ -551,13 +557,17 @@ def update(run, side, prior):
     batch, n_prior = mixed_batch(prior, side.buffer, run.mix.alpha, args.batch_size, args.utd)
     info = side.agent.update(batch, n_prior)
     side.updates += args.utd
-    if not math.isfinite(info["critic_loss"] + info["actor_loss"]):
-        save(run.dir / "nonfinite.pt", state_dict(run))
-        raise FloatingPointError(f"the loss is not finite after {side.updates} updates; the state is in "
-                                 f"{run.dir / 'nonfinite.pt'}, the last good one in checkpoint.pt")
+    stop_if_not_finite(run, info["critic_loss"] + info["actor_loss"], side.updates, state_dict)
     if side is run.target:
         run.mix.update(float(info["td_error"]))
     return info
+
+
+def stop_if_not_finite(run, loss, updates, state_dict):
+    if not math.isfinite(loss):
+        save(run.dir / "nonfinite.pt", state_dict(run))
+        raise FloatingPointError(f"the loss is not finite after {updates} updates; the state is in "
+                                 f"{run.dir / 'nonfinite.pt'}, the last good one in checkpoint.pt")
 
 
 def fit(run, epochs):

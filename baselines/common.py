@@ -33,7 +33,7 @@ from agent import ReplayBuffer
 from tasks import TaskEnv, evaluate
 from wombet import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, load, load_log_and_generators,
                     log_and_generators, need, new_parser, nonnegative, open_run, positive, read_config, run_program,
-                    save, share, show, source_quantities, write_config)
+                    save, share, show, source_quantities, stop_if_not_finite, store_step, write_config)
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -162,10 +162,8 @@ def report(run, phase):
 def learn(run):
     """One training step of the agent; stops the run when a loss is not finite."""
     info = run.agent.learn(run.buffer)
-    if not math.isfinite(sum(float(value) for key, value in info.items() if key.endswith("loss"))):
-        save(run.dir / "nonfinite.pt", state_dict(run))
-        raise FloatingPointError(f"the loss is not finite after {run.agent.updates} updates; the state is in "
-                                 f"{run.dir / 'nonfinite.pt'}, the last good one in checkpoint.pt")
+    loss = sum(float(value) for key, value in info.items() if key.endswith("loss"))
+    stop_if_not_finite(run, loss, run.agent.updates, state_dict)
     run.info.update(info)
 
 
@@ -203,13 +201,8 @@ def online(run, steps):
             action = run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32)
         else:
             action = agent.act(obs).cpu().numpy()
-        next_obs, reward, terminated, truncated, features = env.step(action)
-        # a truncated step is stored as not terminated: its value goes on (the target bootstraps)
-        buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=terminated,
-                   timeout=truncated and not terminated, features=features, uncertainty=0.0)
+        store_step(env, buffer, action)
         run.step += 1
-        if terminated or truncated:
-            env.obs = None
         if not warm:
             learn(run)
         marked = run.step % args.eval_every == 0 or run.step == steps
