@@ -2,7 +2,7 @@
 
     python experiments/reproduce.py transfer --jobs 2
     python experiments/reproduce.py baselines --jobs 2
-    python experiments/reproduce.py offline-data offline --jobs 2     the second learns from what the first leaves
+    python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and transfer leave
 
 Runs go to runs/<topic>/; config.json, progress.csv and model_error.csv of each go to results/<topic>/ as it ends.
 "offline" ends with results/offline/table.csv, final returns in units of the data's mean return.
@@ -50,30 +50,37 @@ def offline_data(seeds):
     yield job("baselines/sac.py", "HalfCheetah-v4", "data", 0, "--target-steps", 30_000, "--save-dataset")
 
 
-DATASET = Path("runs", "offline-data", "HalfCheetah-v4__data__0", "dataset.npz")  # from ROOT, where runs start
+DATASETS = {  # from ROOT, where runs start; D_S is WOMBET's on the same task, relabelled: `transfer` leaves it
+    "sac": Path("runs", "offline-data", "HalfCheetah-v4__data__0", "dataset.npz"),
+    "ds": Path("runs", "transfer", "HalfCheetah-v4__wombet__1", "dataset.npz")}
 
 
 def offline(seeds):
-    """The offline baselines on that file; 4 actions a state and distribution, not 10, make CQL's penalty 2.5 times as
+    """The offline baselines on those files; 4 actions a state and distribution, not 10, make CQL's penalty 2.5 times as
     cheap."""
-    for seed in seeds:
+    for data, path in DATASETS.items():
         for name in ("bc", "iql", "awac", "mopo", "cql", "combo"):
-            flags = ["--cql-actions", 4] if name in ("cql", "combo") else []
-            yield job(f"baselines/{name}.py", "HalfCheetah-v4", name, seed, "--dataset", DATASET, "--offline-updates",
-                      50_000, "--eval-every", 10_000, *flags)
+            for seed in seeds:
+                flags = ["--cql-actions", 4] if name in ("cql", "combo") else []
+                yield job(f"baselines/{name}.py", "HalfCheetah-v4", f"{name}-{data}", seed, "--dataset", path,
+                          "--offline-updates", 20_000, "--eval-every", 5_000, *flags)
 
 
 def offline_table():
-    """results/offline/table.csv from the runs' last offline rows, also on stdout."""
-    data, kept = np.load(ROOT / DATASET), ROOT / "results" / "offline"
-    mean_return = data["rewards"].sum() / (data["terminals"] | data["timeouts"]).sum()  # it ends with an episode's end
-    groups = {}
-    for path in sorted(kept.glob("*/progress.csv")):
-        with open(path) as file:
-            last = [row for row in csv.DictReader(file) if row["phase"] == "offline"][-1]
-        groups.setdefault(path.parent.name.split("__")[1], []).append(float(last["return_mean"]))
-    table = [("name", "seeds", "return_mean", "return_over_data_mean"), ("data", "", round(float(mean_return), 1), 1.0)]
-    table += [(name, len(x), round(np.mean(x), 1), round(np.mean(x) / mean_return, 3)) for name, x in groups.items()]
+    """results/offline/table.csv from the runs' last offline rows, also on stdout; the data's return is its mean reward
+    times an episode's 1,000 steps, for D_S has shorter ones."""
+    kept, table = ROOT / "results" / "offline", [("data", "method", "seeds", "updates", "return", "over_data")]
+    for data, path in DATASETS.items():
+        mean_return = 1000 * float(np.load(ROOT / path)["rewards"].mean())
+        table.append((data, "(the data)", "", "", round(mean_return, 1), 1.0))
+        groups = {}
+        for progress in sorted(kept.glob(f"*-{data}__*/progress.csv")):
+            with open(progress) as file:
+                last = [row for row in csv.DictReader(file) if row["phase"] == "offline"][-1]
+            name = progress.parent.name.split("__")[1].removesuffix(f"-{data}")
+            groups.setdefault((name, last["updates"]), []).append(float(last["return_mean"]))
+        table += [(data, name, len(returns), updates, round(np.mean(returns), 1),
+                   round(np.mean(returns) / mean_return, 3)) for (name, updates), returns in groups.items()]
     with open(kept / "table.csv", "w", newline="") as file:
         csv.writer(file).writerows(table)
     for row in table:
