@@ -469,15 +469,21 @@ def reuse_source(run, source_run):
 # --------------------------------------------------------------------------------------------------------------- phases
 
 
+def evaluation_row(agent, envs, frames=None):
+    """Plays an episode of the deterministic policy in each of envs: what progress.csv and the live line say of it."""
+    returns, lengths = evaluate(lambda obs: agent.act(obs, deterministic=True), envs, frames)
+    row = {"return_mean": float(returns.mean()), "return_std": float(returns.std()),
+           "length_mean": float(lengths.mean())}
+    return row, f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+
+
 def report(run, name, info):
     """Evaluates a side's policy: one row of progress.csv, one line on stdout."""
     side = getattr(run, name)
-    returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation)
-    row = {"phase": name, "env_steps": run.target.step, "source_steps": run.source.step if run.source else 0,
-           "updates": side.updates, "wall_clock": round(run.log.wall_clock, 1), "return_mean": float(returns.mean()),
-           "return_std": float(returns.std()), "length_mean": float(lengths.mean()),
-           "model_holdout_mse": run.holdout_mse, **{key: float(info[key]) for key in ("q_mean", "temperature") if info}}
-    text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    row, text = evaluation_row(side.agent, side.evaluation)
+    row.update({key: float(info[key]) for key in ("q_mean", "temperature") if info}, phase=name, updates=side.updates,
+               env_steps=run.target.step, source_steps=run.source.step if run.source else 0,
+               wall_clock=round(run.log.wall_clock, 1), model_holdout_mse=run.holdout_mse)
     if name == "target":
         row["td_error"] = run.mix.td_error
         if run.prior is not None:
@@ -696,9 +702,8 @@ def show(side, name, gif):
     frames = [] if gif else None
     if gif:
         side.evaluation[0] = side.make_env(render_mode="rgb_array")
-    returns, lengths = evaluate(lambda obs: side.agent.act(obs, deterministic=True), side.evaluation, frames)
-    print(f"{name} task, step {side.step:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
-          f"episodes of {lengths.mean():.0f} steps on average")
+    row, text = evaluation_row(side.agent, side.evaluation, frames)
+    print(f"{name} task, step {side.step:,}: {text} of {row['length_mean']:.0f} steps on average")
     if gif:
         from plot import write_gif  # matplotlib is slow to import
 

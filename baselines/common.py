@@ -30,10 +30,11 @@ import torch
 from torch import nn
 
 from agent import ReplayBuffer
-from tasks import TaskEnv, evaluate
-from wombet import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, load, load_log_and_generators,
-                    log_and_generators, need, new_parser, nonnegative, open_run, positive, read_config, run_program,
-                    save, share, show, source_quantities, stop_if_not_finite, store_step, write_config)
+from tasks import TaskEnv
+from wombet import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load,
+                    load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run, positive,
+                    read_config, run_program, save, share, show, source_quantities, stop_if_not_finite, store_step,
+                    write_config)
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -150,13 +151,12 @@ def load_state_dict(run, state):
 
 def report(run, phase):
     """Evaluates the policy: one row of progress.csv; returns what the live line says of it."""
-    returns, lengths = evaluate(lambda obs: run.agent.act(obs, deterministic=True), run.evaluation)
-    row = {"phase": phase, "env_steps": run.step, "source_steps": 0, "updates": run.agent.updates,
-           "wall_clock": round(run.log.wall_clock, 1), "return_mean": float(returns.mean()),
-           "return_std": float(returns.std()), "length_mean": float(lengths.mean()),
-           "prior_size": run.dataset_size or "", **{k: float(v) for k, v in run.info.items() if k in COLUMNS}}
+    row, text = evaluation_row(run.agent, run.evaluation)
+    row.update({key: float(value) for key, value in run.info.items() if key in COLUMNS}, phase=phase,
+               updates=run.agent.updates, env_steps=run.step, source_steps=0, wall_clock=round(run.log.wall_clock, 1),
+               prior_size=run.dataset_size or "")
     run.log.row(row)
-    return f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    return text
 
 
 def learn(run):
