@@ -50,9 +50,10 @@ def build_parser():
     parser.add_argument("--per-seed", action=argparse.BooleanOptionalAction, default=False,
                         help="curves, alpha: a thin line for each seed too")
     parser.add_argument("--published", metavar="FILE", help="CSV of known results, for --reference; its columns: "
-                        "method, env, env_steps, seeds, mean_return")
-    parser.add_argument("--reference", nargs="+", default=[], metavar="METHOD@STEPS", help="curves, bars: a "
-                        "horizontal line at that method's published mean return after so many environment steps")
+                        "method, env, env_steps, seeds, mean_return, std_return")
+    parser.add_argument("--reference", nargs="+", default=[], metavar="METHOD[@STEPS]", help="curves, bars: a "
+                        "horizontal line at that method's published mean return after so many environment steps; "
+                        "curves, without @STEPS: its published curve, with its standard deviation")
     parser.add_argument("--table", metavar="FILE", help="curves, bars: the printed table as CSV, unrounded")
     return parser
 
@@ -156,22 +157,25 @@ def collect(runs, columns, phase):
     return dict(sorted(groups.items()))
 
 
-def read_references(path, wanted, envs):
-    """METHOD@STEPS strings -> {legend label: {env: mean return}}, for those of `envs` that the file knows."""
+def read_references(path, wanted, envs, kind):
+    """METHOD@STEPS and METHOD strings -> {legend label: {env: (steps, means, stds), an array each}}, for those of
+    `envs` that the file knows; of METHOD@STEPS one step, of METHOD (kind "curves" only) all."""
     if wanted and not path:
         raise ValueError("--reference reads a CSV of known results: give --published FILE")
-    references, needed = {}, ("method", "env", "env_steps", "seeds", "mean_return")
+    references, needed = {}, ("method", "env", "env_steps", "seeds", "mean_return", "std_return")
     table = read_columns(path, needed, ("method", "env")) if wanted else {}
     rows = [row for row in zip(*(table[column] for column in needed)) if row[1] in envs] if wanted else []
     for want in wanted:
-        found = [row for row in rows if f"{row[0]}@{row[2]:.0f}".lower() == want.lower()]
-        if not found:
+        at = "@" in want
+        found = [row for row in rows if want.lower() == (f"{row[0]}@{row[2]:.0f}" if at else row[0]).lower()]
+        if not found or not at and kind != "curves":
             known = ", ".join(sorted({row[0] for row in rows})) or "no method"
             raise ValueError(f"unknown reference {want}: for {', '.join(envs)} {path} has {known}, not that one at "
-                             "those steps (write METHOD@STEPS)")
+                             "those steps (write METHOD@STEPS, or METHOD for a curve)")
         seeds = " or ".join(f"{n:.0f}" for n in sorted({row[3] for row in found}))
-        label = f"{found[0][0]} at {found[0][2] / 1000:g}k steps (published, {seeds} seeds)"
-        references[label] = {row[1]: row[4] for row in found}
+        label = f"{found[0][0]}{f' at {found[0][2] / 1000:g}k steps' if at else ''} (published, {seeds} seeds)"
+        references[label] = {env: np.array(sorted((row[2], *row[4:]) for row in found if row[1] == env)).T
+                             for env in {row[1] for row in found}}
     return references
 
 
@@ -201,6 +205,19 @@ def style(i):
 def reference_style(i):
     """How published mean i looks."""
     return {"color": "#555555", "linestyle": ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))[i % 3], "lw": 1.2}
+
+
+def draw_reference(ax, points, look):
+    """A published mean (steps, means, stds) as a horizontal line, or several as a curve up to where ax ends."""
+    steps, means, stds = points
+    if len(steps) == 1:
+        ax.axhline(means[0], **look)
+        return
+    end = ax.dataLim.x1
+    x = np.append(steps[steps / 1000 < end] / 1000, end)
+    mean, std = (np.interp(x, steps / 1000, y) for y in (means, stds))
+    ax.plot(x, mean, **look)
+    ax.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.12, lw=0)
 
 
 def draw_curves(ax, marks, values, look, per_seed):
@@ -239,7 +256,7 @@ def plot_runs(args):
     groups = collect(runs, columns, args.phase)
     drawn = {name for env in groups.values() for name in env}
     labels = [name for name in dict.fromkeys(name for _, name, _ in runs) if name in drawn]
-    references = read_references(args.published, args.reference, list(groups))
+    references = read_references(args.published, args.reference, list(groups), args.kind)
     legend = []
     for i, name in enumerate(labels):
         n = sorted({len(values) for env in groups.values() for _, values in env.get(name, {}).values()})
@@ -261,9 +278,9 @@ def plot_runs(args):
                 if args.kind == "alpha":
                     ax.set_ylim(bottom=0)
                 axes[-1, j].set_xlabel(XLABEL[args.phase])
-            for i, means in enumerate(references.values()):
-                if env in means:
-                    ax.axhline(means[env], **reference_style(i))
+            for i, points in enumerate(references.values()):
+                if env in points:
+                    draw_reference(ax, points[env], reference_style(i))
             ax.set_ylabel(title if j == 0 or len(columns) == 1 and j % 3 == 0 else "")
             for name, (marks, values) in series.items():
                 rows = [(env, name, *numbers, len(values)) for numbers in zip(marks, *mean_std(values))]

@@ -228,6 +228,15 @@ def test_reference_lines(results, published, kind):
     assert legend(fig)[-1] == "sac at 50k steps (published, 10 seeds)"
 
 
+def test_reference_curve_ends_where_the_runs_do(results, published):
+    fig = figure(results, "--published", published, "--reference", "sac")
+    hopper, pusher = ([line for line in ax.lines if line.get_color() == "#555555"] for ax in fig.axes)
+    end = max(line.get_xdata()[-1] for line in fig.axes[0].lines if line not in hopper)
+    x, y = hopper[0].get_data()
+    assert x[-1] == end and y[-1] == pytest.approx(np.interp(end, [50, 100], [530, 1104])) and not pusher
+    assert legend(fig)[-1] == "sac (published, 10 seeds)"
+
+
 def test_spearman_by_hand():
     x = np.array([1.0, 2, 3, 4, 5])
     assert plot.spearman(x, x**3) == pytest.approx(1) and plot.spearman(x, -np.exp(x)) == pytest.approx(-1)
@@ -278,10 +287,15 @@ def test_malformed_csv(tmp_path, capsys, text, words):
     assert_refused(capsys, "malformed CSV", str(path), *words)
 
 
-@pytest.mark.parametrize("wanted", ["td3@50000", "sac@50001", "sac", "ppo@50000"])
+@pytest.mark.parametrize("wanted", ["td3@50000", "sac@50001", "ppo", "ppo@50000"])
 def test_unknown_reference(results, published, capsys, wanted):
     assert draw(results, "--published", published, "--reference", "sac@50000", wanted) == 2
     assert_refused(capsys, f"unknown reference {wanted}", "Hopper-v4")
+
+
+def test_bars_take_no_published_curve(results, published, capsys):
+    assert draw(results, "--kind", "bars", "--published", published, "--reference", "sac") == 2
+    assert_refused(capsys, "unknown reference sac", "METHOD@STEPS")
 
 
 @pytest.mark.parametrize("flags, word", [
