@@ -8,20 +8,13 @@
 3. Target    a new agent learns online from alpha D_S + (1 - alpha) D_T (sections 4.4 to 4.6); every --refit-every
              steps the model is refit on all real data and step 2 adds to D_S.
 
-The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this file wires them.
+The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this file wires them. What it shares with
+the baselines (common flags, run folder, log, checkpoints, exit codes) is in run.py.
 """
 
 import argparse
-import csv
-import ctypes
 import functools
-import importlib.metadata
-import json
 import math
-import os
-import platform
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,68 +26,14 @@ import torch
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
 from filter import MODES, accept, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from tasks import TaskEnv, evaluate, lockstep
+from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_log_and_generators,
+                 log_and_generators, need, new_parser, nonnegative, open_run, percent, positive, read_config,
+                 read_flags, run_program, save, share, show, source_quantities, stop_if_not_finite, store_step,
+                 write_config)
+from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 
-COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
-           "alpha", "td_error", "q_mean", "temperature", "prior_size", "acceptance", "model_holdout_mse")
-
-
 # ---------------------------------------------------------------------------------------------------------- arguments
-
-
-def number(kind, words, low, high=math.inf):
-    """An argparse type: an int or a float within [low, high]."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a {words}")
-        return value
-    return parse
-
-
-count, amount = number(int, "whole number above zero", 1), number(int, "whole number from zero", 0)
-positive, nonnegative = number(float, "number above zero", 1e-12), number(float, "number from zero", 0)
-share, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number in [0, 100]", 0, 100)
-
-
-SWITCH = {"action": argparse.BooleanOptionalAction}
-
-
-def new_parser(doc, name, source=True):
-    """A parser with the flags that every program has (source: those of the source task too), and its budget group."""
-    wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=48, width=128)
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=wide)
-
-    g = parser.add_argument_group("task")
-    g.add_argument("--env", default="Walker2d-v4", help="target: a stock Gymnasium MuJoCo environment")
-    if source:
-        g.add_argument("--source", default="near", help="source task: near, or (locomotion) backward or stand")
-        g.add_argument("--source-speed-cap", type=float, help="m/s that near pays up to (HalfCheetah: 3, others: 1)")
-        g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
-        g.add_argument("--source-goal-shift", type=float, help="the goal's shift, m (Pusher .15, Reacher .05)")
-        g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
-
-    g = parser.add_argument_group("run")
-    g.add_argument("--seed", type=amount, default=0, help="of networks, exploration and initial states")
-    g.add_argument("--name", default=name, help="second part of the run folder's name; plots group by it")
-    g.add_argument("--out", default="runs", help="folder of run folders <env>__<name>__<seed>")
-    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
-    threads = min(2, os.cpu_count())  # beyond two the products are too small; of two runs at once each wants one
-    g.add_argument("--threads", type=count, default=threads, help="CPU threads; 1 each for as many runs as cores")
-    g.add_argument("--precision", default="highest", choices=("highest", "high", "medium"), help="of float32 products")
-    g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
-    g.add_argument("--resume", metavar="RUN_DIR", help="continue that run, with its flags unless given anew here")
-    g.add_argument("--evaluate", metavar="RUN_DIR", help="only play that run's policy, and print its return")
-    g.add_argument("--gif", metavar="FILE", help="with --evaluate: draw the first episode")
-
-    g = parser.add_argument_group("budget")
-    g.add_argument("--eval-every", type=count, default=2500, help="environment steps between evaluations")
-    g.add_argument("--eval-episodes", type=count, default=10, help="episodes in an evaluation (deterministic policy)")
-    return parser, g
 
 
 def build_parser():
@@ -180,35 +119,6 @@ def build_parser():
     return parser
 
 
-def parse_args(argv=None, parser=None, check=None):
-    """The flags; of a resumed run its own, where argv does not give them anew. Bad ones raise ValueError, as does
-    check(args) where they contradict each other. Parser and check are wombet.py's unless given."""
-    parser, check = parser or build_parser(), check or check_args
-
-    def error(message):  # argparse's own prints the usage, two pages of it
-        raise ValueError(message)
-
-    parser.error = error
-    args = parser.parse_args(argv)
-    if args.resume:
-        parser.set_defaults(**read_config(args.resume)["flags"])
-        args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=args.device)
-    except Exception as error:
-        raise ValueError(f"--device {args.device} is not there: {str(error).splitlines()[0]}") from None
-    need(not (args.gif and not args.evaluate), "--gif draws an evaluation: give --evaluate RUN_DIR too")
-    check(args)
-    return args
-
-
-def need(ok, message):
-    if not ok:
-        raise ValueError(message)
-
-
 def check_args(args):
     need(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
     need(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
@@ -221,125 +131,12 @@ def check_args(args):
          "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
 
 
-# ------------------------------------------------------------------------------------------- files, log, interruptions
-
-
-def read_config(run_dir):
-    path = Path(run_dir) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{run_dir} is no run folder: it has no config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def write_config(run_dir, args):
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                            capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
-    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "evaluate", "gif")}
-    config = {"flags": flags, "commit": commit or None, "command": " ".join(sys.argv),
-              "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-              "machine": {"platform": platform.platform(), "cpus": os.cpu_count()}}
-    (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def save(path, state):
-    """Writes a checkpoint beside its place and moves it there: a reader sees the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load(path, device, program="wombet"):
-    """Reads a checkpoint; ValueError where it is missing, cut short or of another program."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: the run has left no checkpoint yet") from None
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint, or is cut short: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or program not in state:
-        raise ValueError(f"{path} is not a checkpoint of {program}.py")
-    return state
-
-
-class Log:
-    """progress.csv and the live line on stdout."""
-
-    def __init__(self, path):
-        self.path, self.rows, self.start, self.shown = path, [], time.time(), 0.0
-        self.pace = (time.time(), 0)  # when and at which step this phase began in this process
-
-    @property
-    def wall_clock(self):
-        """Seconds of work, those before a resume included."""
-        return time.time() - self.start
-
-    def row(self, values):
-        self.rows.append({key: values.get(key, "") for key in COLUMNS})
-        self.write()
-
-    def write(self):
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def live(self, phase, step, steps, text, force=False):
-        """A line that rewrites itself on a terminal, and one per evaluation elsewhere."""
-        terminal = sys.stdout.isatty()
-        if not force and (not terminal or time.time() - self.shown < 1.0):
-            return
-        self.shown = time.time()
-        rate = (step - self.pace[1]) / max(self.shown - self.pace[0], 1e-9)
-        minutes, seconds = divmod(int((steps - step) / max(rate, 1e-9)), 60)
-        line = f"{phase:<6} {step:>7,}/{steps:,}  {rate:5.0f} steps/s  {minutes:3}:{seconds:02} left  {text}"
-        print(("\r\033[K" if terminal else "") + line, end="" if terminal and not force else "\n", flush=True)
-
-    def note(self, text):
-        print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
-
-
-def catch_interrupts(run):
-    """Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; a second one at once, without."""
-    def ask(*_):
-        if run.interrupted:
-            raise KeyboardInterrupt
-        run.interrupted = True
-        print("\nstopping after this step (or this round), with a checkpoint; again: at once", file=sys.stderr)
-
-    run.interrupted = False
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, ask)
-
-
-def keep_freed_memory():
-    """Lets glibc reuse large blocks instead of returning them to the kernel: updates of 10 critics on batches of 256
-    took 0.9 of their time so, the default ones about 0.97. Without glibc nothing is done."""
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 32 << 20)
-        libc.mallopt(m_trim_threshold, 1 << 30)
+def parse_args(argv=None):
+    """This program's flags; bad ones raise ValueError."""
+    return read_flags(argv, build_parser(), check_args)
 
 
 # --------------------------------------------------------------------------------------------------------------- set-up
-
-
-def open_run(args, program):
-    """The folder of the run, and the checkpoint that it goes on from (None for a new run)."""
-    if args.resume:
-        return Path(args.resume), load(Path(args.resume) / "checkpoint.pt", args.device, program)
-    run_dir = Path(args.out) / f"{args.env}__{args.name}__{args.seed}"
-    need(not run_dir.exists(), f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name")
-    return run_dir, None
-
-
-def source_quantities(args):
-    names = ("speed_cap", "ctrl_cost_factor", "goal_shift", "reset_noise_factor")
-    return {name: getattr(args, f"source_{name}") for name in names}
 
 
 def build(args, run_dir):
@@ -436,20 +233,6 @@ def load_state_dict(run, state):
     load_log_and_generators(run, state)
 
 
-def log_and_generators(run):
-    state = {"rows": run.log.rows, "wall_clock": run.log.wall_clock, "torch_rng": torch.get_rng_state(),
-             "numpy_rng": run.rng.bit_generator.state}
-    return {**state, "cuda_rng": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else state
-
-
-def load_log_and_generators(run, state):
-    run.log.rows, run.log.start = list(state["rows"]), time.time() - state["wall_clock"]
-    run.rng.bit_generator.state = state["numpy_rng"]
-    torch.set_rng_state(state["torch_rng"].cpu())
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-
-
 def reuse_source(run, source_run):
     """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
     the same seed and flags goes on as that one did."""
@@ -459,7 +242,7 @@ def reuse_source(run, source_run):
     differ = [f"--{key.replace('_', '-')} {flags.get(key)}" for key in shared if ours[key] != flags.get(key)]
     if differ:
         raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
-    state = load(Path(source_run) / "source.pt", run.args.device)
+    state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
     load_side(run.source, state["source"])
     run.model.load_state_dict(state["model"])
     run.holdout_mse, run.phase = state["holdout_mse"], "generate"
@@ -467,14 +250,6 @@ def reuse_source(run, source_run):
 
 
 # --------------------------------------------------------------------------------------------------------------- phases
-
-
-def evaluation_row(agent, envs, frames=None):
-    """Plays an episode of the deterministic policy in each of envs: what progress.csv and the live line say of it."""
-    returns, lengths = evaluate(lambda obs: agent.act(obs, deterministic=True), envs, frames)
-    row = {"return_mean": float(returns.mean()), "return_std": float(returns.std()),
-           "length_mean": float(lengths.mean())}
-    return row, f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
 
 
 def report(run, name, info):
@@ -531,17 +306,6 @@ def learn(run, name):
         run.log.live(name, side.step, steps, text)
 
 
-def store_step(env, buffer, action):
-    """Takes one step and stores it; `env.obs` is None after an episode's last."""
-    obs = env.obs
-    next_obs, reward, terminated, truncated, features = env.step(action)
-    # a truncated step is stored as not terminated: its value goes on (the target bootstraps)
-    buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=terminated,
-               timeout=truncated and not terminated, features=features, uncertainty=0.0)
-    if terminated or truncated:
-        env.obs = None
-
-
 def start_episode(run, name):
     """Resets; in the source task, decides who acts in the episode and brings the planner's model up to date."""
     args, side = run.args, getattr(run, name)
@@ -567,13 +331,6 @@ def update(run, side, prior):
     if side is run.target:
         run.mix.update(float(info["td_error"]))
     return info
-
-
-def stop_if_not_finite(run, loss, updates, state_dict):
-    if not math.isfinite(loss):
-        save(run.dir / "nonfinite.pt", state_dict(run))
-        raise FloatingPointError(f"the loss is not finite after {updates} updates; the state is in "
-                                 f"{run.dir / 'nonfinite.pt'}, the last good one in checkpoint.pt")
 
 
 def fit(run, epochs):
@@ -690,46 +447,15 @@ def play(args):
     flags = argparse.Namespace(**{**vars(args), **read_config(run_dir)["flags"], "device": args.device})
     if flags.offline_data:
         flags.offline_data, flags.prior = None, False  # the file is not needed to play
-    state = load(run_dir / "checkpoint.pt", args.device)
+    state = load(run_dir / "checkpoint.pt", args.device, "wombet")
     run = build(flags, run_dir)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
     show(getattr(run, name), name, args.gif)
 
 
-def show(side, name, gif):
-    """Plays a side's evaluation episodes, prints their return, draws the first to the file `gif`, if one is given."""
-    frames = [] if gif else None
-    if gif:
-        side.evaluation[0] = side.make_env(render_mode="rgb_array")
-    row, text = evaluation_row(side.agent, side.evaluation, frames)
-    print(f"{name} task, step {side.step:,}: {text} of {row['length_mean']:.0f} steps on average")
-    if gif:
-        from plot import write_gif  # matplotlib is slow to import
-
-        write_gif(frames[:600:2], gif)
-        print(f"{gif}: the first episode, every second step, 300 pictures at most")
-
-
-def run_program(program, argv, parser, check, train, play):
-    """Parses argv, then calls train(args), or with --evaluate play(args); returns the exit code."""
-    try:
-        args = parse_args(argv, parser, check)
-        torch.set_num_threads(args.threads)
-        torch.set_float32_matmul_precision(args.precision)
-        keep_freed_memory()
-        play(args) if args.evaluate else train(args)
-    except (ValueError, FloatingPointError) as error:
-        print(f"{program}.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        print(f"\n{program}.py: interrupted; --resume continues from the checkpoint", file=sys.stderr)
-        return 130
-    return 0
-
-
 def main(argv=None):
-    return run_program("wombet", argv, build_parser(), check_args, train, play)
+    return run_program("wombet", lambda: parse_args(argv), train, play)
 
 
 if __name__ == "__main__":

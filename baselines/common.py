@@ -30,11 +30,10 @@ import torch
 from torch import nn
 
 from agent import ReplayBuffer
+from run import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_log_and_generators,
+                 log_and_generators, need, new_parser, nonnegative, open_run, positive, read_config, read_flags,
+                 run_program, save, share, show, source_quantities, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv
-from wombet import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load,
-                    load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run, positive,
-                    read_config, run_program, save, share, show, source_quantities, stop_if_not_finite, store_step,
-                    write_config)
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -266,7 +265,7 @@ def main(program, parser, make_agent, argv=None, check=None):
         program: the script's name without .py. make_agent(args, env): the agent. check(args): raises ValueError.
     """
     checks = [f for f in (check, check_data if parser.get_default("offline_updates") is not None else None) if f]
-    return run_program(program, argv, parser, lambda args: [f(args) for f in checks],
+    return run_program(program, lambda: read_flags(argv, parser, lambda args: [f(args) for f in checks]),
                        lambda args: train(args, make_agent, program), lambda args: play(args, make_agent, program))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import common  # it puts the repository's root on the path
-from common import adam, log_normal
+from common import log_normal
 
 
 class RunningMoments:

@@ -425,9 +425,12 @@ def serve(pipe, root, who, tuned, rows, o):
     with tempfile.TemporaryDirectory() as o.folder:
         os.chdir(o.folder)  # MuJoCo logs to the working directory
         if tuned:
-            import wombet
+            try:
+                from run import keep_freed_memory
+            except ImportError:  # a revision that had no run.py
+                from wombet import keep_freed_memory
 
-            wombet.keep_freed_memory()
+            keep_freed_memory()
             if root == ROOT:  # an older revision keeps what it had
                 torch.set_float32_matmul_precision(o.precision)
         for row in (row for row in rows if row in PEERS.get(who, row)):

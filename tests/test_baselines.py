@@ -23,7 +23,7 @@ from ppo import PPO, RunningMoments, advantages, clipped_objective, clipped_valu
 from sac import DelayedSAC
 from tasks import TaskEnv
 from td3 import TD3
-from wombet import COLUMNS
+from run import COLUMNS
 from world_model import WorldModel
 
 ONLINE, OFFLINE = ("sac", "td3", "ppo"), ("bc", "iql", "awac", "cql", "mopo", "combo")

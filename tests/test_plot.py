@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import plot
-from wombet import COLUMNS
+from run import COLUMNS
 
 NAN = math.nan
 

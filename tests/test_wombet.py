@@ -14,6 +14,7 @@ import torch
 
 import tasks
 import wombet
+from run import COLUMNS
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
           --random-steps 60 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2 --refit-epochs 1
@@ -44,7 +45,7 @@ def base(tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_says(base, capsys):
     table = rows(base)
-    assert list(table[0]) == [c for c in wombet.COLUMNS if c != "wall_clock"]
+    assert list(table[0]) == [c for c in COLUMNS if c != "wall_clock"]
     assert [(r["phase"], r["source_steps"], r["env_steps"]) for r in table] == [
         ("source", "60", "0"), ("source", "120", "0"), ("source", "150", "0"), ("target", "150", "60"),
         ("target", "150", "120")]
@@ -91,7 +92,7 @@ def interrupt_at(monkeypatch, step):
         return evaluate(act, envs, frames)
 
     monkeypatch.setattr(tasks.TaskEnv, "step", counted)
-    monkeypatch.setattr(wombet, "evaluate", marked)
+    monkeypatch.setattr("run.evaluate", marked)
 
 
 @pytest.mark.parametrize("flags, step", [([], 77), ([], 150 + 63), (["--explore", "mix", "--mpc-every", "2",
@@ -358,7 +359,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", dies)
     with pytest.raises(OSError):
         wombet.save(path, {"wombet": 1, "x": 2})
-    assert wombet.load(path, "cpu")["x"] == 1
+    assert wombet.load(path, "cpu", "wombet")["x"] == 1
 
 
 def test_gif(base, tmp_path, capsys):
