@@ -25,7 +25,7 @@ def coloured_noise(shape, beta, device="cpu"):
     scale = scale ** (-beta / 2)
     parts = torch.randn(*batch, dim, len(scale), 2, device=device)
     # the mean is real, and so is the highest frequency of an even length: all of their variance is in the real part
-    real = [0, -1] if horizon % 2 == 0 else [0]
+    real = slice(None, None, len(scale) - 1) if horizon % 2 == 0 else slice(1)  # a list would be copied to the GPU
     parts[..., real, 0] *= 2**0.5
     parts[..., real, 1] = 0.0
     power = 4 * scale.square().sum() - 2 * scale[real].square().sum()  # a complex part stands for two frequencies

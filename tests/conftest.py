@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def pytest_configure(config):
@@ -21,3 +22,21 @@ def fresh(tmp_path, monkeypatch):
     """Seeds torch, and keeps what MuJoCo logs to the working directory out of the repository."""
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on what makes the host wait for a GPU: a tensor's value read, or a shape that depends on values."""
+
+    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.NAMES, f"{name} reads a value on the host"
+        if name in ("index", "index_put_"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), "a boolean index reads its count"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_host_reads():
+    return NoHostReads()

@@ -141,6 +141,25 @@ def test_compiled_updates_equal_plain_ones():
         torch.testing.assert_close(states[1][part], states[0][part], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("min_critics", [2, 5])
+def test_an_update_reads_no_value_on_the_host(no_host_reads, min_critics):
+    """Prior and online batches drawn, mixed, and learned from: what would make a GPU wait, shown without one."""
+    shapes = {key: value.shape[2:] for key, value in make_batch(1, 1).items()}
+    prior, online = (ReplayBuffer(64, **shapes) for _ in range(2))
+    for buffer in (prior, online):
+        buffer.add(**{key: value[0] for key, value in make_batch(1, 64).items()})
+    sac = SAC(3, 2, n_critics=5, min_critics=min_critics)
+    with no_host_reads:
+        sac.update(*mixed_batch(prior, online, 0.5, 16, 4))
+
+
+def test_a_value_read_on_the_host_is_seen(no_host_reads):
+    x = torch.ones(3)
+    for read in (lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: x[x > 0], lambda: x.nonzero()):
+        with pytest.raises(AssertionError), no_host_reads:
+            read()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_an_update_never_waits_for_the_gpu():
     sac = SAC(3, 2, n_critics=5, min_critics=2, device="cuda")

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import mpc
+from agent import SAC
 from mpc import MPC, coloured_noise, imagine
+from tasks import TaskEnv
+from world_model import WorldModel
 
 A, B = torch.tensor([[1.0, 0.1], [0.0, 1.0]]), torch.tensor([[0.005], [0.1]])  # a double integrator
 Q, R = torch.diag(torch.tensor([1.0, 0.1])), 1.0
@@ -226,6 +229,16 @@ def test_states_planned_together_or_alone(monkeypatch):
     alone = [planner.plan(obs[i : i + 1]) for i in range(8)]
     torch.testing.assert_close(plan, torch.cat([p for p, _ in alone]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(score, torch.cat([s for _, s in alone]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("horizon", [4, 5])
+def test_a_plan_reads_no_value_on_the_host(no_host_reads, horizon):
+    """Guided, in a world model, with a task that terminates: nothing in it would make a GPU wait."""
+    model, task, agent = WorldModel(11, 3, 1), TaskEnv("Hopper-v4", "near").task, SAC(11, 3)
+    planner = MPC(model.step, task.reward, task.terminated, 3, horizon=horizon, noise_beta=0.25, policy=agent.act,
+                  value=agent.value)
+    with no_host_reads:
+        planner.act(planner.act(torch.zeros(4, 11)).new_ones(4, 11))
 
 
 def test_imagine():
