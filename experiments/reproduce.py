@@ -5,7 +5,7 @@
     python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and transfer leave
 
 Runs go to runs/<topic>/; config.json, progress.csv and model_error.csv of each go to results/<topic>/ as it ends.
-"offline" ends with results/offline/table.csv, final returns in units of the data's mean return.
+"offline" ends with results/offline/table.csv, returns also in units of the data's mean return.
 """
 
 import argparse
