@@ -181,6 +181,7 @@ class Log:
         return time.time() - self.start
 
     def row(self, values):
+        values = {**values, "wall_clock": round(self.wall_clock, 1)}
         self.rows.append({key: values.get(key, "") for key in COLUMNS})
         self.write()
 

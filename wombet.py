@@ -258,7 +258,7 @@ def report(run, name, info):
     row, text = evaluation_row(side.agent, side.evaluation)
     row.update({key: float(info[key]) for key in ("q_mean", "temperature") if info}, phase=name, updates=side.updates,
                env_steps=run.target.step, source_steps=run.source.step if run.source else 0,
-               wall_clock=round(run.log.wall_clock, 1), model_holdout_mse=run.holdout_mse)
+               model_holdout_mse=run.holdout_mse)
     if name == "target":
         row["td_error"] = run.mix.td_error
         if run.prior is not None:

@@ -152,8 +152,7 @@ def report(run, phase):
     """Evaluates the policy: one row of progress.csv; returns what the live line says of it."""
     row, text = evaluation_row(run.agent, run.evaluation)
     row.update({key: float(value) for key, value in run.info.items() if key in COLUMNS}, phase=phase,
-               updates=run.agent.updates, env_steps=run.step, source_steps=0, wall_clock=round(run.log.wall_clock, 1),
-               prior_size=run.dataset_size or "")
+               updates=run.agent.updates, env_steps=run.step, source_steps=0, prior_size=run.dataset_size or "")
     run.log.row(row)
     return text
 
