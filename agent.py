@@ -148,6 +148,16 @@ class AdaptiveMix:
         return min(max(self.gain * self.td_error, self.alpha_min), self.alpha_max)
 
 
+def affine(x, weight, bias, dtype=torch.float32):
+    """x weight + bias for N networks at once: x (N, B, i), weight (N, i, o), bias (N, 1, o) -> (N, B, o).
+
+    dtype: of the product's factors; bfloat16 keeps 8 bits of each and sums in float32.
+    """
+    if dtype == torch.float32:
+        return torch.baddbmm(bias, x, weight)
+    return torch.bmm(x.to(dtype), weight.to(dtype)).float() + bias
+
+
 class Actor(nn.Module):
     """Squashed-Gaussian policy a = tanh(u), u ~ N(mean(s), std(s)) (SAC, Haarnoja et al., 2018)."""
 
@@ -159,15 +169,24 @@ class Actor(nn.Module):
         layers = [part for i, o in zip(sizes, sizes[1:]) for part in (nn.Linear(i, o), nn.ReLU())]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
-    def forward(self, obs):
-        """obs (..., obs_dim) -> mean and log std of u, each (..., action_dim)."""
-        mean, log_std = self.net(obs).chunk(2, -1)
+    def forward(self, obs, dtype=torch.float32):
+        """obs (..., obs_dim) -> mean and log std of u, each (..., action_dim); dtype: of the products, but the first's."""
+        x = self.net[0](obs)  # float32: 8 bits do not tell one state from the next
+        for layer in self.net[1:]:
+            if dtype != torch.float32 and isinstance(layer, nn.Linear):
+                x = F.linear(x.to(dtype), layer.weight.to(dtype)).float() + layer.bias
+            else:
+                x = layer(x)
+        mean, log_std = x.chunk(2, -1)
         return mean, log_std.clamp(self.LOG_STD_MIN, self.LOG_STD_MAX)
 
-    def sample(self, obs):
-        """obs (..., obs_dim) -> action (..., action_dim), reparameterised, and its log-density (...)."""
-        mean, log_std = self(obs)
-        noise = torch.randn_like(mean)
+    def sample(self, obs, noise=None, dtype=torch.float32):
+        """obs (..., obs_dim) -> action (..., action_dim), reparameterised, and its log-density (...).
+
+        noise: standard normal (..., action_dim); drawn here where None.
+        """
+        mean, log_std = self(obs, dtype)
+        noise = torch.randn_like(mean) if noise is None else noise
         u = mean + log_std.exp() * noise
         # log N(u) - log |d tanh / du|, the latter in its numerically stable form
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -181,12 +200,14 @@ class CriticEnsemble(nn.Module):
     LayerNorm's gain and bias are each critic's own. By eq. 8, |Q_i - b_i| <= |w_i| |psi_i|, and LayerNorm bounds
     |psi_i| for any input.
 
-    Args: layer_norm: False takes it out (the bound then fails).
+    Args:
+        layer_norm: False takes it out (the bound then fails).
+        dtype: of the products between hidden layers, see `affine`; the inputs' and the values' stay float32.
     """
 
-    def __init__(self, n_critics, obs_dim, action_dim, hidden=(256, 256), layer_norm=True):
+    def __init__(self, n_critics, obs_dim, action_dim, hidden=(256, 256), layer_norm=True, dtype=torch.float32):
         super().__init__()
-        self.layer_norm = layer_norm
+        self.layer_norm, self.dtype = layer_norm, dtype
         sizes = [obs_dim + action_dim, *hidden, 1]
         bounds = [1 / math.sqrt(i) for i in sizes[:-1]]  # nn.Linear's initialisation
         uniform = lambda bound, *shape: nn.Parameter(torch.empty(n_critics, *shape).uniform_(-bound, bound))
@@ -202,8 +223,8 @@ class CriticEnsemble(nn.Module):
         """psi: obs (B, obs_dim), action (B, action_dim) -> (N, B, hidden[-1])."""
         layers = layers or self.layers
         x = torch.cat([obs, action], -1).expand(layers[0][0].shape[0], -1, -1)
-        for weight, bias, *norm in layers[:-1]:
-            x = torch.baddbmm(bias, x, weight)
+        for k, (weight, bias, *norm) in enumerate(layers[:-1]):
+            x = affine(x, weight, bias, self.dtype if k else torch.float32)
             if self.layer_norm:
                 gain, shift = norm
                 x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), gain)
@@ -216,6 +237,13 @@ class CriticEnsemble(nn.Module):
         weight, bias = layers[-1]
         # a product and a sum: faster on the CPU than a matrix product with one column
         return (self.features(obs, action, layers) * weight.mT).sum(-1) + bias.squeeze(-1)
+
+
+def step(optimizer, parameters, gradients):
+    """One optimiser step along given gradients."""
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    optimizer.step()
 
 
 class SAC:
@@ -233,33 +261,36 @@ class SAC:
         actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises. Deviation: the mean is
             the default of wombet.py.
         penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
-        compile: fuses what lies between the critics' matrix products with torch.compile (1.2 times the speed of these
-            parts on a CPU core, after a minute at the start).
+        dtype: "float32", or "bfloat16" for the products between hidden layers in learning (acting stays float32).
+        compile: torch.compile the gradients: one fused program for a critic step and one for the actor's.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
         target_entropy: nats; None stands for -action_dim / 2 (RLPD).
     """
 
     def __init__(self, obs_dim, action_dim, *, n_critics=2, min_critics=2, hidden=(256, 256), layer_norm=True, lr=3e-4,
                  discount=0.99, polyak=0.005, init_temperature=0.1, target_entropy=None, backup_entropy=True,
-                 actor_q="mean", penalty_coef=1.0, compile=False, device="cpu"):
+                 actor_q="mean", penalty_coef=1.0, dtype="float32", compile=False, device="cpu"):
         self.n_critics, self.min_critics, self.actor_q = n_critics, min_critics, actor_q
         self.discount, self.polyak, self.penalty_coef = discount, polyak, penalty_coef
-        self.backup_entropy, self.device = backup_entropy, torch.device(device)
+        self.backup_entropy, self.device, self.dtype = backup_entropy, torch.device(device), getattr(torch, dtype)
         self.target_entropy = -action_dim / 2 if target_entropy is None else target_entropy
+        self.action_dim = action_dim
         self.actor = Actor(obs_dim, action_dim, hidden).to(device)
-        self.critic = CriticEnsemble(n_critics, obs_dim, action_dim, hidden, layer_norm).to(device)
-        self.target_critic = CriticEnsemble(n_critics, obs_dim, action_dim, hidden, layer_norm).to(device)
+        make_critics = lambda: CriticEnsemble(n_critics, obs_dim, action_dim, hidden, layer_norm, self.dtype).to(device)
+        self.critic, self.target_critic = make_critics(), make_critics()
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
         self.log_temperature = torch.tensor(math.log(init_temperature), device=device, requires_grad=True)
-        adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
-        self.actor_optimizer = adam([*self.actor.parameters(), self.log_temperature])
-        self.critic_optimizer = adam(self.critic.parameters())
         # lists, for walking through a module's parameters takes as long as moving them
+        self.actor_parameters = [*self.actor.parameters(), self.log_temperature]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
+        adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
+        self.actor_optimizer, self.critic_optimizer = adam(self.actor_parameters), adam(self.critic_parameters)
         if compile:
-            self.target, self.critic_loss = torch.compile(self.target), torch.compile(self.critic_loss)
+            torch._dynamo.config.trace_autograd_ops = True  # backward passes are part of what is fused
+            self.critic_gradients = torch.compile(self.critic_gradients)
+            self.actor_gradients = torch.compile(self.actor_gradients)
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
@@ -279,19 +310,22 @@ class SAC:
         batch: {key: (..., B, ...)}; adds next_action (..., B, A), the value's factor (..., B) and the penalised reward
         with the entropy's value (..., B).
         """
-        next_action, log_prob = self.actor.sample(batch["next_obs"])
+        next_action, log_prob = self.actor.sample(batch["next_obs"], dtype=self.dtype)
         factor = self.discount * (1 - batch["terminated"])
         base = batch["reward"] - self.penalty_coef * batch["uncertainty"]
         if self.backup_entropy:
             base = base - factor * self.log_temperature.exp() * log_prob
         return {**batch, "next_action": next_action, "factor": factor, "base": base}
 
+    def drawn(self):
+        """The critics under the minimum of one update, (M,); None: all of them."""
+        if self.min_critics == self.n_critics:
+            return None
+        return torch.randperm(self.n_critics, device=self.device)[: self.min_critics]
+
     @torch.no_grad()
-    def target(self, part):
+    def target(self, part, drawn=None):
         """The robust Bellman target y (B,) of eqs. 7 and 9, of one slice that `backup` has seen."""
-        drawn = None
-        if self.min_critics < self.n_critics:
-            drawn = torch.randperm(self.n_critics, device=part["base"].device)[: self.min_critics]
         values = self.target_critic(part["next_obs"], part["next_action"], drawn)
         return part["base"] + part["factor"] * values.amin(0)
 
@@ -312,40 +346,43 @@ class SAC:
         return {**info, "td_error": td_error, **self.update_actor(batch["obs"][-1])}
 
     def update_critic(self, part, n_prior=0):
-        """One step of the critics on the mean of (Q_i - y)^2 over one slice that `backup` has seen; scalar tensors."""
-        y = self.target(part)
-        loss, q = self.critic_loss(part["obs"], part["action"], y)
-        self.step_critic(loss)
-        td_error = (q.detach().mean(0) - y)[n_prior:].abs().mean()
-        return {"critic_loss": loss.detach() / self.n_critics, "td_error": td_error, "q_mean": q.detach().mean()}
+        """One step of the critics on one slice that `backup` has seen; scalar tensors."""
+        gradients, loss, q, y = self.critic_gradients(part, self.drawn())
+        self.step_critic(gradients)
+        td_error = (q.mean(0) - y)[n_prior:].abs().mean()
+        return {"critic_loss": loss / self.n_critics, "td_error": td_error, "q_mean": q.mean()}
 
-    def critic_loss(self, obs, action, y):
-        """Eq. 7's loss, and Q (N, B); a sum over critics, so that a critic's step does not depend on their number."""
-        q = self.critic(obs, action)
-        return (q - y).square().mean(1).sum(), q
+    def critic_gradients(self, part, drawn):
+        """Of eq. 7's loss, the mean of (Q_i - y)^2, summed over critics, so that a critic's step does not depend on
+        their number; also returns the loss, Q (N, B) and y (B,)."""
+        y, q = self.target(part, drawn), self.critic(part["obs"], part["action"])
+        loss = (q - y).square().mean(1).sum()
+        return torch.autograd.grad(loss, self.critic_parameters), loss.detach(), q.detach(), y
 
-    def step_critic(self, loss):
-        """One optimiser step on a loss, and one of the target networks after the critics."""
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        self.critic_optimizer.step()
+    def step_critic(self, gradients):
+        """One optimiser step of the critics, and one of the target networks after them."""
+        step(self.critic_optimizer, self.critic_parameters, gradients)
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.polyak)
 
     def update_actor(self, obs):
-        """One step on E[temperature * log pi(a|s) - Q(s, a)] and on the temperature: obs (B, obs_dim)."""
-        self.critic.requires_grad_(False)  # gradients with respect to actions only
-        action, log_prob = self.actor.sample(obs)
+        """One step of the actor and of the temperature: obs (B, obs_dim)."""
+        noise = torch.randn(*obs.shape[:-1], self.action_dim, device=self.device)
+        gradients, info = self.actor_gradients(obs, noise)
+        step(self.actor_optimizer, self.actor_parameters, gradients)
+        return info
+
+    def actor_gradients(self, obs, noise):
+        """Of E[temperature * log pi(a|s) - Q(s, a)], a = the action that `noise` (B, A) leads to, and of the
+        temperature's loss; also returns scalar tensors."""
+        action, log_prob = self.actor.sample(obs, noise, self.dtype)
         q = self.critic(obs, action)
         q = q.amin(0) if self.actor_q == "min" else q.mean(0)
         temperature, entropy = self.log_temperature.exp(), -log_prob.detach().mean()
         actor_loss = (temperature.detach() * log_prob - q).mean()
         temperature_loss = temperature * (entropy - self.target_entropy)
-        self.actor_optimizer.zero_grad()
-        (actor_loss + temperature_loss).backward()  # they share no parameter
-        self.actor_optimizer.step()
-        self.critic.requires_grad_(True)
-        return {"actor_loss": actor_loss.detach(), "entropy": entropy, "temperature": temperature.detach()}
+        gradients = torch.autograd.grad(actor_loss + temperature_loss, self.actor_parameters)  # they share none
+        return gradients, {"actor_loss": actor_loss.detach(), "entropy": entropy, "temperature": temperature.detach()}
 
     PARTS = ("actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
 

@@ -100,7 +100,8 @@ def build_parser():
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
-    g.add_argument("--compile", **SWITCH, default=False, help="torch.compile the critics: faster after a minute")
+    g.add_argument("--update-dtype", default="float32", choices=("float32", "bfloat16"), help="of products in learning")
+    g.add_argument("--compile", **SWITCH, default=False, help="torch.compile the gradients: faster after half a minute")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
 
     g = parser.add_argument_group("transfer (section 4.6)")
@@ -155,7 +156,7 @@ def build(args, run_dir):
                     hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
                     backup_entropy=args.backup_entropy, actor_q=args.actor_q, penalty_coef=args.target_penalty_coef,
-                    compile=args.compile, device=args.device)
+                    dtype=args.update_dtype, compile=args.compile, device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
                                buffer=ReplayBuffer(steps, args.device, **env.shapes), planned=False)
 
@@ -171,7 +172,8 @@ def build(args, run_dir):
         run.source = side(args.source, args.source_steps, 1)
         run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
                                hidden=args.model_hidden, layers=args.model_layers,
-                               uncertainty_kind=args.uncertainty, inference_dtype=args.plan_dtype).to(args.device)
+                               uncertainty_kind=args.uncertainty, inference_dtype=args.plan_dtype,
+                               fit_dtype=args.update_dtype, compile=args.compile).to(args.device)
         rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
         size = rounds * args.imagined_trajectories * args.imagined_length
         run.prior = ReplayBuffer(size, args.device, **env.shapes)

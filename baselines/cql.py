@@ -32,7 +32,7 @@ class CQL(DelayedSAC):
 
     def log_integral(self, obs, next_obs):
         """log int exp Q_i(s, a) da, estimated: obs, next_obs (B, d) -> (N, B)."""
-        n, rows, dim = self.n_actions, len(obs), self.actor.net[-1].out_features // 2
+        n, rows, dim = self.n_actions, len(obs), self.action_dim
         with torch.no_grad():
             sampled = [self.actor.sample(x.expand(n, -1, -1)) for x in (obs, next_obs)]
             uniform = torch.rand(n, rows, dim, device=obs.device) * 2 - 1
@@ -48,7 +48,7 @@ class CQL(DelayedSAC):
         q = self.critic(part["obs"], part["action"])
         gap = self.log_integral(part["obs"], part["next_obs"]).mean(1) - q[:, :n_prior].mean(1)
         critic_loss = ((q - y).square().mean(1) + self.cql_alpha * gap).sum()
-        self.step_critic(critic_loss)
+        self.step_critic(torch.autograd.grad(critic_loss, self.critic_parameters))
         return {"critic_loss": critic_loss.detach() / self.n_critics, "q_mean": q.detach().mean(),
                 "td_error": (q.detach().mean(0) - y).abs().mean()}
 

@@ -125,9 +125,28 @@ def test_update_steps():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_gradients_in_bfloat16():
+    """They differ from float32's by a tenth at most of what another batch changes; acting is float32 still; states that
+    8 bits do not tell apart stay apart."""
+    batches, gradients, agents = [make_batch(1, 256, reward=torch.randn(1, 256)) for _ in range(2)], [], []
+    for dtype, batch in (("float32", batches[0]), ("bfloat16", batches[0]), ("float32", batches[1])):
+        torch.manual_seed(1)
+        agents.append(sac := SAC(3, 2, n_critics=3, min_critics=3, dtype=dtype))
+        part = {key: value[0] for key, value in sac.backup(batch).items()}
+        both = sac.critic_gradients(part, None)[0], sac.actor_gradients(part["obs"], torch.randn(256, 2))[0]
+        gradients.append([torch.cat([g.flatten() for g in some]) for some in both])
+    for exact, rough, other in zip(*gradients):
+        assert 0 < (rough - exact).norm() < 0.1 * (other - exact).norm()
+    obs = torch.full((2, 3), 1.25)
+    obs[1, 0] += 1e-3  # bfloat16's next number is 8e-3 away
+    torch.testing.assert_close(*(sac.act(obs, deterministic=True) for sac in agents[:2]), rtol=0, atol=0)
+    q = agents[1].critic(obs, torch.zeros(2, 2))
+    assert (q[:, 1] != q[:, 0]).all()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_updates_equal_plain_ones():
-    """Three updates of two slices, the compiled critics' parts and the plain ones from one seed."""
+    """Three updates of two slices, with compiled gradients and with plain ones, from one seed."""
     batches = [make_batch(2, 8, reward=torch.randn(2, 8)) for _ in range(3)]
     states, infos = [], []
     for compiled in (False, True):
@@ -172,11 +191,11 @@ def test_an_update_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("n_critics, min_critics", [(2, 2), (4, 2)])
-def test_critic_converges_to_the_exact_values(n_critics, min_critics):
+@pytest.mark.parametrize("n_critics, min_critics, dtype", [(2, 2, "float32"), (4, 2, "float32"), (2, 2, "bfloat16")])
+def test_critic_converges_to_the_exact_values(n_critics, min_critics, dtype):
     """0 -> 1 pays 1, 1 -> 0 nothing, 2 -> end pays 2 at u = 1: Q = 1/(1 - .81), .9/(1 - .81), 2 - lambda."""
     sac = SAC(3, 1, n_critics=n_critics, min_critics=min_critics, hidden=(32, 32), lr=3e-3, discount=0.9, polyak=0.2,
-              penalty_coef=0.5, backup_entropy=False)
+              penalty_coef=0.5, backup_entropy=False, dtype=dtype)
     state = torch.arange(96) % 3
     column = lambda values: torch.tensor(values)[state].expand(8, 96)
     one_hot = torch.eye(3)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -58,6 +59,28 @@ def test_recovers_a_linear_gaussian_system(fitted):
     next_obs, features, u = model.step(data[0][:50], data[1][:50])
     torch.testing.assert_close(torch.cat([next_obs, features], -1), mean.mean(0)[:50])
     torch.testing.assert_close(u, model.uncertainty(data[0][:50], data[1][:50]))
+
+
+def test_fitting_in_bfloat16(fitted):
+    """A fit with such products predicts as well as float32's, on the same data and in float32."""
+    data, result, _ = fitted
+    torch.manual_seed(1)
+    rough = small(fit_dtype="bfloat16").fit(*data, max_epochs=60)
+    assert rough["holdout_mse"] != result["holdout_mse"]
+    assert rough["holdout_mse"] == pytest.approx(result["holdout_mse"], rel=0.02)
+    assert rough["holdout_nll"] == pytest.approx(result["holdout_nll"], abs=0.03)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_fit_equals_the_plain_one(fitted):
+    """Two epochs, whose rows do not fill whole batches, from one seed."""
+    data, states = [column[:1000] for column in fitted[0]], []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = small(compile=compiled)
+        model.fit(*data, max_epochs=2)
+        states.append(model.state_dict())
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
 
 
 def test_planning_in_bfloat16(fitted):
