@@ -1,6 +1,7 @@
 """The runs behind each figure, a process a core, resumable: what is done is skipped, what was cut short goes on.
 
     python experiments/reproduce.py transfer --jobs 2
+    python experiments/reproduce.py fast --jobs 2             the same from scratch, with the flags for speed
     python experiments/reproduce.py baselines --jobs 2
     python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and transfer leave
 
@@ -28,6 +29,16 @@ def transfer(seeds):
         for env in ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Pusher-v5"):
             for name, flags in (("wombet", []), ("scratch", ["--no-prior"])):
                 yield job("wombet.py", env, name, seed, *flags)
+
+
+FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
+
+
+def fast(seeds):
+    """Does learning suffer from what is fast? As in `transfer`, where the same seeds ran in plain float32."""
+    for seed in seeds:
+        for env in ("HalfCheetah-v4", "Pusher-v5"):
+            yield job("wombet.py", env, "scratch-fast", seed, "--no-prior", *FAST)
 
 
 def job(script, env, name, seed, *flags):
@@ -93,7 +104,7 @@ def offline_table():
         print("  ".join(f"{cell!s:<12}" for cell in row))
 
 
-TOPICS = {"transfer": transfer, "baselines": baselines, "offline-data": offline_data, "offline": offline}
+TOPICS = {"transfer": transfer, "fast": fast, "baselines": baselines, "offline-data": offline_data, "offline": offline}
 
 
 def run(topic, script, folder, flags):
