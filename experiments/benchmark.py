@@ -125,13 +125,19 @@ def loop(wombet, run, name, steps):
         wombet.learn(run, name)
 
 
+def fast(o, **names):
+    """What makes our networks fast, as keywords; none that an older revision lacks."""
+    flags = {name: vars(o.run.args)[flag] for name, flag in names.items() if flag in o.run.args}
+    return {**flags, "compile": True} if o.compile else flags
+
+
 def rlpd_step(o, critics, min_critics, batch, layer_norm=True, actor_updates=1):
     """One step of learning, sampling included, at alpha = 0.5; the critic updates are shared out evenly among
     `actor_updates` steps of the agent."""
     from agent import SAC, mixed_batch
 
     agent = SAC(OBS, ACTION, n_critics=critics, min_critics=min_critics, hidden=(o.hidden, o.hidden),
-                layer_norm=layer_norm, device=o.device, **{"compile": True} if o.compile else {})
+                layer_norm=layer_norm, device=o.device, **fast(o, dtype="update_dtype"))
 
     def call():
         for _ in range(actor_updates):
@@ -144,8 +150,8 @@ def world_model(o, members):
     """A 4-layer ensemble with the fitted model's normalisation."""
     from world_model import WorldModel
 
-    dtype = {} if "plan_dtype" not in o.run.args else {"inference_dtype": o.run.args.plan_dtype}
-    model = WorldModel(OBS, ACTION, FEATURES, members=members, hidden=o.model_hidden, layers=4, **dtype).to(o.device)
+    model = WorldModel(OBS, ACTION, FEATURES, members=members, hidden=o.model_hidden, layers=4,
+                       **fast(o, inference_dtype="plan_dtype", fit_dtype="update_dtype")).to(o.device)
     model.load_state_dict(dict(o.run.model.named_buffers()), strict=False)
     return model
 
@@ -564,12 +570,12 @@ def parse_args(argv):
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--precision", default="highest", choices=PRECISIONS,
                         help="torch.set_float32_matmul_precision (default: highest)")
-    parser.add_argument("--compile", action="store_true", help="our critics compiled")
+    parser.add_argument("--compile", action="store_true", help="our gradients compiled")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU time, where other programs "
                         "run too; with one thread only (default: wall)")
     parser.add_argument("--repetitions", type=int, default=7, help="measurements of each work (default: 7)")
-    parser.add_argument("--flags", default="", metavar="'FLAGS'", help="of wombet.py, for its default plans and loops: "
-                        "--flags='--utd 8'")
+    parser.add_argument("--flags", default="", metavar="'FLAGS'", help="of wombet.py, for its plans and loops, and its "
+                        "dtypes for all rows: --flags='--update-dtype bfloat16'")
     parser.add_argument("--peers", action="store_true", help="also what is installed of stable_baselines3, sbx and "
                         "mbrl, under our allocator and precision settings and under their own")
     parser.add_argument("--before", metavar="REV", help="also that git revision of this repository")
