@@ -437,8 +437,10 @@ def serve(pipe, root, who, tuned, rows, o):
                 from wombet import keep_freed_memory
 
             keep_freed_memory()
-            if root == ROOT:  # an older revision keeps what it had
+            if root == ROOT:
                 torch.set_float32_matmul_precision(o.precision)
+            else:  # an older revision keeps what it had
+                o.flags, o.compile = "", False
         for row in (row for row in rows if row in PEERS.get(who, row)):
             try:
                 for work in BUILDERS[who](o, row):
