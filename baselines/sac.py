@@ -57,7 +57,7 @@ class DelayedSAC(SAC):
 def sac_arguments(args, env):
     """What `common.agent_flags` gives and DelayedSAC takes."""
     names = ("actor_lr", "critic_lr", "batch_size", "discount", "polyak", "init_temperature", "target_entropy",
-             "layer_norm", "backup_entropy", "device")
+             "layer_norm", "backup_entropy", "compile", "device")
     return {"obs_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": (args.hidden,) * args.layers,
             **{name: getattr(args, name) for name in names if name in args}}
 
@@ -70,6 +70,7 @@ def build_parser():
     g.add_argument("--save-dataset", action="store_true", help="write the replay buffer to dataset.npz at the end")
     g.add_argument("--backup-entropy", **common.SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
+    g.add_argument("--compile", **common.SWITCH, default=False, help="torch.compile the gradients: faster after a while")
     return parser
 
 
