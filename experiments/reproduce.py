@@ -50,7 +50,7 @@ def baselines(seeds):
     begins to learn when the published runs did (the paper's appendix C), not at CleanRL's 25,000 steps."""
     for seed in seeds:
         for env, start in (("HalfCheetah-v4", 10_000), ("Hopper-v4", 1_000)):
-            yield job("baselines/sac.py", env, "sac", seed, "--target-steps", 100_000)
+            yield job("baselines/sac.py", env, "sac", seed, "--target-steps", 100_000, "--compile")
             yield job("baselines/td3.py", env, "td3", seed, "--target-steps", 100_000, "--random-steps", start)
         if seed == seeds[0]:
             for env in ("Hopper-v4", "Walker2d-v4"):
