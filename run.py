@@ -290,6 +290,15 @@ def show(side, name, gif):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
+def raised_here(error):
+    """Whether this repository's code raised it: then it is a message to the user."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    here = Path(__file__).resolve().parent  # a virtual environment may lie in it
+    return Path(trace.tb_frame.f_code.co_filename).resolve().parent in (here, here / "baselines")
+
+
 def run_program(program, parse, train, play):
     """args = parse(), then train(args), or with --evaluate play(args); returns the exit code."""
     try:
@@ -299,6 +308,8 @@ def run_program(program, parse, train, play):
         keep_freed_memory()
         play(args) if args.evaluate else train(args)
     except (ValueError, FloatingPointError) as error:
+        if not raised_here(error):
+            raise  # a library's: a fault, told by its traceback
         print(f"{program}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:

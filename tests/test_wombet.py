@@ -348,6 +348,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert weights("checkpoint.pt").isfinite().all() and not weights("nonfinite.pt").isfinite().all()
 
 
+def test_a_librarys_own_error_is_a_fault_not_bad_input(tmp_path, monkeypatch):
+    """A ValueError that json raises is not one line about the flags: its traceback is what tells."""
+    monkeypatch.setattr(wombet, "learn", lambda *_: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        run(tmp_path, "--no-prior")
+
+
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     wombet.save(path, {"wombet": 1, "x": 1})
