@@ -5,9 +5,7 @@ family (Ball et al., 2023) with the penalised target of eq. 7, and the adaptive 
 """
 
 import math
-import os
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -50,44 +48,6 @@ class ReplayBuffer:
     def filled(self):
         """The filled rows, as views: each key (size, ...)."""
         return {key: values[: self.size] for key, values in self.data.items()}
-
-    # D4RL's names, for what a file holds; the last three may be missing from it
-    NAMES = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations",
-             "terminated": "terminals", "timeout": "timeouts", "uncertainty": "uncertainty", "features": "features"}
-
-    def save(self, path):
-        """Writes the filled rows to an .npz file under D4RL's names."""
-        temporary = f"{path}.tmp.npz"  # a reader sees the old file or the new one, whole
-        np.savez_compressed(temporary, **{
-            self.NAMES[key]: values.cpu().numpy().astype(bool if key in ("terminated", "timeout") else np.float32)
-            for key, values in self.filled().items()})
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path, device="cpu", **shapes):
-        """A full buffer from an .npz file; ValueError where it is missing, foreign, not finite or of other shapes."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[name] for key, name in cls.NAMES.items() if name in file}
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist") from None
-        except Exception as error:
-            raise ValueError(f"{path} is no .npz file, or is cut short: {error}") from None
-        missing = [cls.NAMES[key] for key in list(cls.NAMES)[:5] if key not in arrays]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)} (D4RL's names)")
-        n = len(arrays["obs"])
-        if n == 0:
-            raise ValueError(f"{path} holds no transition")
-        for key, shape in shapes.items():
-            array = arrays.setdefault(key, np.zeros((n, *shape), dtype=np.float32))
-            if array.shape != (n, *shape):
-                raise ValueError(f"{path}: {cls.NAMES[key]} has shape {array.shape} where {(n, *shape)} is needed")
-            if not np.isfinite(array).all():
-                raise ValueError(f"{path}: {cls.NAMES[key]} holds values that are not finite")
-        buffer = cls(n, device, **shapes)
-        buffer.add(**arrays)
-        return buffer
 
     def state_dict(self):
         rows = {key: values.clone() for key, values in self.filled().items()}  # not the empty rest of the storage

@@ -1,4 +1,4 @@
-"""What every run shares, of wombet.py and of the baselines: common flags, run folder, log, checkpoints, exit codes.
+"""What every run shares, of wombet.py and of the baselines: flags, run folder, log, checkpoints, datasets, exit codes.
 
 A `run` here is a namespace with at least args, dir, log (a Log), rng (NumPy's generator) and interrupted.
 """
@@ -18,8 +18,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from agent import ReplayBuffer
 from tasks import evaluate
 
 COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
@@ -166,6 +168,46 @@ def load(path, device, program):
     if not isinstance(state, dict) or program not in state:
         raise ValueError(f"{path} is not a checkpoint of {program}.py")
     return state
+
+
+# D4RL's names, for what a file of transitions holds; the last three may be missing from it
+DATASET_NAMES = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations",
+                 "terminated": "terminals", "timeout": "timeouts", "uncertainty": "uncertainty", "features": "features"}
+
+
+def save_dataset(buffer, path):
+    """Writes a ReplayBuffer's filled rows to an .npz file under D4RL's names."""
+    temporary = f"{path}.tmp.npz"  # a reader sees the old file or the new one, whole
+    np.savez_compressed(temporary, **{
+        DATASET_NAMES[key]: values.cpu().numpy().astype(bool if key in ("terminated", "timeout") else np.float32)
+        for key, values in buffer.filled().items()})
+    os.replace(temporary, path)
+
+
+def load_dataset(path, device="cpu", **shapes):
+    """A full ReplayBuffer from an .npz file; ValueError where it is missing, foreign, not finite or of other shapes."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[name] for key, name in DATASET_NAMES.items() if name in file}
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:
+        raise ValueError(f"{path} is no .npz file, or is cut short: {error}") from None
+    missing = [DATASET_NAMES[key] for key in list(DATASET_NAMES)[:5] if key not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)} (D4RL's names)")
+    n = len(arrays["obs"])
+    if n == 0:
+        raise ValueError(f"{path} holds no transition")
+    for key, shape in shapes.items():
+        array = arrays.setdefault(key, np.zeros((n, *shape), dtype=np.float32))
+        if array.shape != (n, *shape):
+            raise ValueError(f"{path}: {DATASET_NAMES[key]} has shape {array.shape} where {(n, *shape)} is needed")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: {DATASET_NAMES[key]} holds values that are not finite")
+    buffer = ReplayBuffer(n, device, **shapes)
+    buffer.add(**arrays)
+    return buffer
 
 
 class Log:

@@ -26,10 +26,10 @@ import torch
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
 from filter import MODES, accept, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_log_and_generators,
-                 log_and_generators, need, new_parser, nonnegative, open_run, percent, positive, read_config,
-                 read_flags, run_program, save, share, show, source_quantities, stop_if_not_finite, store_step,
-                 write_config)
+from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_dataset,
+                 load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run, percent,
+                 positive, read_config, read_flags, run_program, save, save_dataset, share, show, source_quantities,
+                 stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 
@@ -166,7 +166,7 @@ def build(args, run_dir):
     run.prior = run.source = run.model = run.explorer = None
     env = run.target.env
     if args.offline_data:
-        run.prior = ReplayBuffer.load(args.offline_data, args.device, **env.shapes)
+        run.prior = load_dataset(args.offline_data, args.device, **env.shapes)
         run.phase = "pretrain"
     elif args.prior:
         run.source = side(args.source, args.source_steps, 1)
@@ -396,7 +396,7 @@ def generate(run):
     data = run.prior.filled()
     for rows in torch.arange(run.prior.size, device=device).split(8192):
         data["uncertainty"][rows] = model.uncertainty(data["obs"][rows], data["action"][rows])
-    run.prior.save(run.dir / "dataset.npz")
+    save_dataset(run.prior, run.dir / "dataset.npz")
     run.log.note(f"D_S     {run.acceptance:.0%} of {n} trajectories pass (J >= {run.thresholds[0]:.4g}, u <= "
                  f"{run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.prior.size:,} transitions, {time.time() - began:.0f} s")

@@ -30,9 +30,10 @@ import torch
 from torch import nn
 
 from agent import ReplayBuffer
-from run import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_log_and_generators,
-                 log_and_generators, need, new_parser, nonnegative, open_run, positive, read_config, read_flags,
-                 run_program, save, share, show, source_quantities, stop_if_not_finite, store_step, write_config)
+from run import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_dataset,
+                 load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run, positive,
+                 read_config, read_flags, run_program, save, save_dataset, share, show, source_quantities,
+                 stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -88,7 +89,7 @@ def check_data(args):
 
 def read_dataset(args, env):
     """The dataset with room for the online steps behind it, on the device; ValueError where it does not fit `env`."""
-    data = ReplayBuffer.load(args.dataset, args.device, **env.shapes).filled()
+    data = load_dataset(args.dataset, args.device, **env.shapes).filled()
     data["uncertainty"].zero_()  # it is WOMBET's; to these methods all data is real
     if args.source_rewards:
         task = TaskEnv(args.env, args.source, **source_quantities(args)).task
@@ -244,7 +245,7 @@ def train(args, make_agent, program):
     online(run, steps)
     save(run.dir / "checkpoint.pt", state_dict(run))
     if vars(args).get("save_dataset"):
-        run.buffer.save(run.dir / "dataset.npz")
+        save_dataset(run.buffer, run.dir / "dataset.npz")
     run.log.note(f"done in {run.log.wall_clock / 60:.1f} min: {run.dir}/progress.csv, checkpoint.pt")
 
 
