@@ -65,7 +65,12 @@ class MPC:
 
     def reset(self):
         """Forgets the last plan: to be called when episodes start."""
-        self._plan, self._age = None, 0
+        self._plan, self._age, self._stale = None, 0, False
+
+    def forget(self, rows):
+        """Forgets the last plan of some of the batch's states, whose episodes start: rows (n,) indices."""
+        self._plan = self._plan.index_fill(0, rows, 0.0)
+        self._stale = True
 
     @torch.no_grad()
     def rollout(self, obs, actions=None):
@@ -143,45 +148,55 @@ class MPC:
     def act(self, obs):
         """obs (B, d) -> action (B, A): plans, warm-started by the last plan shifted by what was executed, every
         `execute_steps` calls."""
-        if self._plan is None or self._age >= self.execute_steps:
+        if self._plan is None or self._stale or self._age >= self.execute_steps:
             start = None
             if self._plan is not None:
                 start = torch.zeros_like(self._plan)
                 start[:, : self.horizon - self._age] = self._plan[:, self._age :]
-            self._plan, self._age = self.plan(obs, start)[0], 0
+            self._plan, self._age, self._stale = self.plan(obs, start)[0], 0, False
         action = self._plan[:, self._age]
         self._age += 1
         return action
 
 
 @torch.no_grad()
-def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf")):
+def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf"), restart=None):
     """Closed-loop trajectories, N at once (section 4.3): in the model, or wherever `step` leads.
 
     Args:
         step: (obs (N, d), action (N, A)) -> next_obs, features, u, such as `WorldModel.step`.
         act: obs (N, d) -> action (N, A), such as `MPC.act`.
         start_obs: (N, d). length: steps. max_uncertainty: a trajectory is cut before the step where u exceeds it.
+        restart: rows (n,) -> states (n, d) from which others go on in place of those that have ended, so that every
+            step counts; there are then K >= N trajectories. None: K = N.
 
     Deviation: the paper's filter takes or leaves whole trajectories; cutting keeps the trusted part of one that drifts.
 
-    Returns {key: (N, length, ...)} with obs, action, next_obs, features, uncertainty, terminated and valid: the last
-    is False after a predicted termination and from a cut on. A trajectory that is cut or reaches `length` has not
+    Returns {key: (K, length, ...)} with obs, action, next_obs, features, uncertainty, terminated and valid: the last
+    is False after a predicted termination and from a cut on. A trajectory that is cut or reaches the last step has not
     terminated.
     """
     rows, obs = [], start_obs
     alive = torch.ones(len(obs), dtype=torch.bool, device=obs.device)
+    first = alive
     for _ in range(length):
         action = act(obs)
         next_obs, features, u = step(obs, action)
         alive = alive & (u <= max_uncertainty)
         ends = alive & terminated(next_obs)
-        rows.append((obs, action, next_obs, features, u, ends, alive))
+        rows.append((obs, action, next_obs, features, u, ends, alive, first))
         alive = alive & ~ends
-        if not alive.any():
+        obs, first = next_obs, torch.zeros_like(alive)
+        if restart is not None and not alive.all():
+            first = ~alive
+            over = first.nonzero().flatten()
+            obs, alive = obs.index_copy(0, over, restart(over)), torch.ones_like(alive)
+        elif not alive.any():
             break
-        obs = next_obs
-    over = torch.zeros_like(alive)
-    rows += [(*rows[-1][:5], over, over)] * (length - len(rows))  # all have ended early
     keys = ("obs", "action", "next_obs", "features", "uncertainty", "terminated", "valid")
-    return {key: torch.stack(values, 1) for key, values in zip(keys, zip(*rows))}
+    *columns, first = (torch.stack(values, 1) for values in zip(*rows))
+    steps = torch.arange(first.shape[1], device=first.device)
+    number = first.flatten().cumsum(0).view_as(first) - 1  # of the trajectory that a step belongs to
+    place = steps - torch.where(first, steps, 0).cummax(1).values  # of the step in it
+    empty = lambda values: values.new_zeros(int(number[-1, -1]) + 1, length, *values.shape[2:])
+    return {key: empty(values).index_put((number, place), values) for key, values in zip(keys, columns)}

@@ -78,6 +78,7 @@ def build_parser():
     g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories per round")
     g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
     g.add_argument("--reset-share", type=share, default=0.5, help="share from resets; others: source data")
+    g.add_argument("--restart", **SWITCH, default=False, help="start others in place of trajectories that end early")
     g.add_argument("--trust-percentile", type=percent, default=95.0, help="cut beyond it, of u on source data; 0: no")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
@@ -127,6 +128,7 @@ def check_args(args):
     need(args.horizon <= args.imagined_length,
          f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
     need(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
+    need(not (args.restart and args.generate_in == "env"), "--restart is for --generate-in model alone")
     need(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     need(args.prior or not (args.offline_data or args.source_run),
          "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
@@ -359,22 +361,31 @@ def generate(run):
     if args.trust_percentile and args.generate_in == "model":
         real = source.buffer.sample(5000)
         limit = model.uncertainty(real["obs"], real["action"]).quantile(args.trust_percentile / 100).item()
-    act = planner(run, args.plan_penalty_coef).act
+    mpc, restart = planner(run, args.plan_penalty_coef), None
     if args.generate_in == "model":
-        n_reset = round(args.reset_share * n)
         # Deviation: some start from states of the source data, for trajectories from resets are nearly alike; a reset
         # draws from the initial-state distribution and takes no step in the environment
         env = source.evaluation[0]
         env.seed(int(run.rng.integers(2**31)))
-        resets = [torch.as_tensor(env.reset(), device=device)[None] for _ in range(n_reset)]
-        start = torch.cat([*resets, source.buffer.sample(n - n_reset)["obs"]])
-        step = model.step
+
+        def starts(n_reset, n_source):
+            resets = [torch.as_tensor(env.reset(), device=device)[None] for _ in range(n_reset)]
+            return torch.cat([*resets, source.buffer.sample(n_source)["obs"]])
+
+        def restart(rows):
+            mpc.forget(rows)
+            n_reset = int(run.rng.binomial(len(rows), args.reset_share))
+            return starts(n_reset, len(rows) - n_reset)
+
+        n_reset = round(args.reset_share * n)
+        start, step = starts(n_reset, n - n_reset), model.step
     else:
         # real steps, n environments at once; they count as source steps
         envs = [source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
         start = torch.as_tensor(np.stack([env.reset() for env in envs]), device=device)
         step = lockstep(envs, model.uncertainty)
-    trajectories = imagine(step, source.env.task.terminated, act, start, length, limit)
+    trajectories = imagine(step, source.env.task.terminated, mpc.act, start, length, limit,
+                           restart if args.restart else None)
     if args.generate_in == "env":
         source.step += int(trajectories["valid"].sum())
     rewards = source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
@@ -397,7 +408,7 @@ def generate(run):
     for rows in torch.arange(run.prior.size, device=device).split(8192):
         data["uncertainty"][rows] = model.uncertainty(data["obs"][rows], data["action"][rows])
     save_dataset(run.prior, run.dir / "dataset.npz")
-    run.log.note(f"D_S     {run.acceptance:.0%} of {n} trajectories pass (J >= {run.thresholds[0]:.4g}, u <= "
+    run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, u <= "
                  f"{run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.prior.size:,} transitions, {time.time() - began:.0f} s")
 

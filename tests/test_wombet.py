@@ -198,6 +198,14 @@ def test_target_flags(base, tmp_path, flags):
         assert int(ours[-1]["source_steps"]) > 150
 
 
+def test_restarts_let_every_planned_step_count(base, tmp_path):
+    flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60",
+             "--trust-percentile", "60"]
+    sizes = [int(rows(run(tmp_path, *flags, *more, name=f"n{len(more)}")[1])[-1]["prior_size"])
+             for more in ([], ["--restart"])]
+    assert 80 >= sizes[1] > sizes[0]  # 8 places of 10 steps
+
+
 def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
     flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60"]
     runs = [run(tmp_path, *flags, "--trust-percentile", p, name=p)[1] for p in ("0", "60")]
@@ -252,6 +260,7 @@ BAD = {
     "critics": ["--critics", "2", "--min-critics", "3"],
     "elites": ["--elites", "9"],
     "horizon": ["--horizon", "11"],
+    "restart": ["--restart", "--generate-in", "env"],
     "device": ["--device", "cuda:7"],
     "nonsense device": ["--device", "abacus"],
     "unknown flag": ["--nope"],
