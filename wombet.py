@@ -361,7 +361,7 @@ def generate(run):
     if args.trust_percentile and args.generate_in == "model":
         real = source.buffer.sample(5000)
         limit = model.uncertainty(real["obs"], real["action"]).quantile(args.trust_percentile / 100).item()
-    mpc, restart = planner(run, args.plan_penalty_coef), None
+    mpc = planner(run, args.plan_penalty_coef)
     if args.generate_in == "model":
         # Deviation: some start from states of the source data, for trajectories from resets are nearly alike; a reset
         # draws from the initial-state distribution and takes no step in the environment
