@@ -130,7 +130,7 @@ class Actor(nn.Module):
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs, dtype=torch.float32):
-        """obs (..., obs_dim) -> mean and log std of u, each (..., action_dim); dtype: of the products, but the first's."""
+        """obs (..., obs_dim) -> mean and log std of u, each (..., action_dim); dtype: of all products but one."""
         x = self.net[0](obs)  # float32: 8 bits do not tell one state from the next
         for layer in self.net[1:]:
             if dtype != torch.float32 and isinstance(layer, nn.Linear):
@@ -285,7 +285,7 @@ class SAC:
 
     @torch.no_grad()
     def target(self, part, drawn=None):
-        """The robust Bellman target y (B,) of eqs. 7 and 9, of one slice that `backup` has seen; drawn: as `drawn` gives."""
+        """The robust Bellman target y (B,) of eqs. 7 and 9, of one slice that `backup` has seen, with `drawn`'s critics."""
         values = self.target_critic(part["next_obs"], part["next_action"], drawn)
         return part["base"] + part["factor"] * values.amin(0)
 

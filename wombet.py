@@ -408,8 +408,8 @@ def generate(run):
     for rows in torch.arange(run.prior.size, device=device).split(8192):
         data["uncertainty"][rows] = model.uncertainty(data["obs"][rows], data["action"][rows])
     save_dataset(run.prior, run.dir / "dataset.npz")
-    run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, u <= "
-                 f"{run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
+    run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, "
+                 f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.prior.size:,} transitions, {time.time() - began:.0f} s")
 
 
