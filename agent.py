@@ -285,7 +285,7 @@ class SAC:
 
     @torch.no_grad()
     def target(self, part, drawn=None):
-        """The robust Bellman target y (B,) of eqs. 7 and 9, of a slice that `backup` has seen, with `drawn`'s critics."""
+        """Robust Bellman target y (B,) of eqs. 7 and 9, of a slice that `backup` has seen, with `drawn`'s critics."""
         values = self.target_critic(part["next_obs"], part["next_action"], drawn)
         return part["base"] + part["factor"] * values.amin(0)
 
