@@ -4,6 +4,7 @@ Replay buffer, squashed-Gaussian actor, ensemble of LayerNorm critics (one batch
 family (Ball et al., 2023) with the penalised target of eq. 7, and the adaptive share of prior data.
 """
 
+import copy
 import math
 
 import torch
@@ -224,18 +225,22 @@ class SAC:
         dtype: "float32", or "bfloat16" for the products between hidden layers in learning (acting stays float32).
         compile: torch.compile the gradients: one fused program for a critic step and one for the actor's.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
+        actor_average: rate of the actor's exponential average over its updates (Polyak and Juditsky, 1992), which is
+            what acts deterministically and proposes; 1: the actor of the moment. Deviation: the paper has no average.
         target_entropy: nats; None stands for -action_dim / 2 (RLPD).
     """
 
     def __init__(self, obs_dim, action_dim, *, n_critics=2, min_critics=2, hidden=(256, 256), layer_norm=True, lr=3e-4,
                  discount=0.99, polyak=0.005, init_temperature=0.1, target_entropy=None, backup_entropy=True,
-                 actor_q="mean", penalty_coef=1.0, dtype="float32", compile=False, device="cpu"):
+                 actor_q="mean", actor_average=1.0, penalty_coef=1.0, dtype="float32", compile=False, device="cpu"):
         self.n_critics, self.min_critics, self.actor_q = n_critics, min_critics, actor_q
         self.discount, self.polyak, self.penalty_coef = discount, polyak, penalty_coef
+        self.actor_average = actor_average
         self.backup_entropy, self.device, self.dtype = backup_entropy, torch.device(device), getattr(torch, dtype)
         self.target_entropy = -action_dim / 2 if target_entropy is None else target_entropy
         self.action_dim = action_dim
         self.actor = Actor(obs_dim, action_dim, hidden).to(device)
+        self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
         make_critics = lambda: CriticEnsemble(n_critics, obs_dim, action_dim, hidden, layer_norm, self.dtype).to(device)
         self.critic, self.target_critic = make_critics(), make_critics()
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -245,6 +250,7 @@ class SAC:
         self.actor_parameters = [*self.actor.parameters(), self.log_temperature]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
+        self.average_parameters = list(self.average_actor.parameters())
         adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
         self.actor_optimizer, self.critic_optimizer = adam(self.actor_parameters), adam(self.critic_parameters)
         if compile:
@@ -256,7 +262,12 @@ class SAC:
     def act(self, obs, deterministic=False):
         """obs (..., obs_dim), tensor or array -> action (..., action_dim) in [-1, 1], a tensor."""
         obs = torch.as_tensor(obs, device=self.device)
-        return torch.tanh(self.actor(obs)[0]) if deterministic else self.actor.sample(obs)[0]
+        return torch.tanh(self.average_actor(obs)[0]) if deterministic else self.actor.sample(obs)[0]
+
+    @torch.no_grad()
+    def propose(self, obs):
+        """A draw from the average actor: obs (B, obs_dim) -> action (B, action_dim); the planner's candidates."""
+        return self.average_actor.sample(obs)[0]
 
     @torch.no_grad()
     def value(self, obs):
@@ -330,6 +341,8 @@ class SAC:
         noise = torch.randn(*obs.shape[:-1], self.action_dim, device=self.device)
         gradients, info = self.actor_gradients(obs, noise)
         step(self.actor_optimizer, self.actor_parameters, gradients)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average_parameters, self.actor_parameters[:-1], self.actor_average)
         return info
 
     def actor_gradients(self, obs, noise):
@@ -344,7 +357,7 @@ class SAC:
         gradients = torch.autograd.grad(actor_loss + temperature_loss, self.actor_parameters)  # they share none
         return gradients, {"actor_loss": actor_loss.detach(), "entropy": entropy, "temperature": temperature.detach()}
 
-    PARTS = ("actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
+    PARTS = ("actor", "average_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}

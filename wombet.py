@@ -90,13 +90,14 @@ def build_parser():
     g.add_argument("--critics", type=count, default=2, help="N, critics in the ensemble")
     g.add_argument("--min-critics", type=count, default=2, help="M, size of the random subset under the target's min")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
+    g.add_argument("--actor-average", type=share, default=1e-3, help="rate of the actor's average, which is evaluated")
     g.add_argument("--utd", type=count, default=4, help="critic updates per environment step")
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
     g.add_argument("--lr", type=positive, default=3e-4, help="learning rate of actor, critics and temperature")
     g.add_argument("--discount", type=share, default=0.99, help="gamma, also of planning and of J in eq. 6")
-    g.add_argument("--polyak", type=share, default=0.005, help="rate of the target networks")
+    g.add_argument("--polyak", type=share, default=0.02, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=0.1, help="of SAC's entropy term")
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
@@ -157,8 +158,9 @@ def build(args, run_dir):
         agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics,
                     hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
-                    backup_entropy=args.backup_entropy, actor_q=args.actor_q, penalty_coef=args.target_penalty_coef,
-                    dtype=args.update_dtype, compile=args.compile, device=args.device)
+                    backup_entropy=args.backup_entropy, actor_q=args.actor_q, actor_average=args.actor_average,
+                    penalty_coef=args.target_penalty_coef, dtype=args.update_dtype, compile=args.compile,
+                    device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
                                buffer=ReplayBuffer(steps, args.device, **env.shapes), planned=False)
 
@@ -191,7 +193,7 @@ def planner(run, penalty_coef):
                population=args.population, elites=args.elites, iterations=args.iterations, momentum=args.momentum,
                init_std=args.init_std, noise_beta=args.noise_beta, keep_elites=args.keep_elites,
                discount=args.discount, penalty_coef=penalty_coef, execute=args.execute,
-               execute_steps=args.replan_every, policy=source.agent.act if args.guide else None,
+               execute_steps=args.replan_every, policy=source.agent.propose if args.guide else None,
                policy_samples=args.policy_samples, value=source.agent.value if args.guide else None)
 
 

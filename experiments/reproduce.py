@@ -21,17 +21,15 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
 
 
 def transfer(seeds):
-    """WOMBET against the same agent from scratch, by default flags: (script, run folder's name, flags)."""
-    for seed in seeds:
-        for env in ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Pusher-v5"):
-            for name, flags in (("wombet", []), ("scratch", ["--no-prior"])):
-                yield job("wombet.py", env, name, seed, *flags)
-
-
-FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
+    """WOMBET against the same agent from scratch, by default flags and those for speed: (script, run folder, flags)."""
+    for name, flags in (("scratch", ["--no-prior"]), ("wombet", [])):
+        for seed in seeds:
+            for env in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5"):
+                yield job("wombet.py", env, name, seed, *flags, *FAST)
 
 
 def fast(seeds):

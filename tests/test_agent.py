@@ -47,6 +47,28 @@ def test_act_and_value():
     torch.testing.assert_close(sac.value(obs), sac.target_critic(obs, mode).mean(0))
 
 
+def test_average_actor():
+    """It is the exponential average of the actor's weights, acts deterministically and proposes, and a rate of 1 is the
+    actor itself."""
+    obs = torch.randn(4, 3)
+    for rate in (0.25, 1.0):
+        torch.manual_seed(0)
+        sac = SAC(3, 2, hidden=(8,), lr=0.1, actor_average=rate)
+        average = [p.clone() for p in sac.actor.parameters()]
+        for _ in range(3):
+            sac.update(make_batch(1, 16))
+            average = [(1 - rate) * old + rate * new for old, new in zip(average, sac.actor.parameters())]
+        for held, expected in zip(sac.average_actor.parameters(), average):
+            torch.testing.assert_close(held, expected)
+        moved = (sac.actor(obs)[0] - sac.average_actor(obs)[0]).abs().max()
+        assert moved > 0.1 if rate < 1 else moved == 0
+        torch.testing.assert_close(sac.act(obs, deterministic=True), sac.average_actor(obs)[0].tanh())
+        torch.manual_seed(1)
+        expected = sac.average_actor.sample(obs)[0]
+        torch.manual_seed(1)
+        torch.testing.assert_close(sac.propose(obs), expected)
+
+
 @pytest.mark.parametrize("columns, expected", [
     ({"reward": 2.0, "terminated": 1.0}, 2.0), ({"reward": 2.0, "terminated": 0.0}, 2.0 + 0.9 * 3),
     ({"reward": 2.0, "terminated": 1.0, "uncertainty": 0.5}, 2.0 - 4 * 0.5),

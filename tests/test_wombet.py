@@ -173,7 +173,8 @@ TARGET_FLAGS = {
     "variance": ["--uncertainty", "variance"], "max distance": ["--uncertainty", "max-distance"],
     "aleatoric": ["--uncertainty", "aleatoric"], "pretrain": ["--pretrain-updates", "10"],
     "best": ["--execute", "best"], "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
-    "actor on min": ["--actor-q", "min"], "no entropy": ["--no-backup-entropy"], "M < N": ["--min-critics", "1"],
+    "actor on min": ["--actor-q", "min"], "no average": ["--actor-average", "1"],
+    "no entropy": ["--no-backup-entropy"], "M < N": ["--min-critics", "1"],
     "bfloat16": ["--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"],
 }
 
