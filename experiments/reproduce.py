@@ -1,7 +1,8 @@
 """The runs behind each figure, a process a core, resumable: what is done is skipped, what was cut short goes on.
 
     python experiments/reproduce.py transfer --jobs 2
-    python experiments/reproduce.py fast --jobs 2             the same from scratch, with the flags for speed
+    python experiments/reproduce.py slow-targets --jobs 2     the same with RLPD's rate of the target networks
+    python experiments/reproduce.py fast --jobs 2             that from scratch, with the flags for speed
     python experiments/reproduce.py baselines --jobs 2
     python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and transfer leave
 
@@ -32,11 +33,20 @@ def transfer(seeds):
                 yield job("wombet.py", env, name, seed, *flags, *FAST)
 
 
+SLOW = ["--polyak", 0.005, "--actor-average", 1]
+
+
+def slow_targets(seeds):
+    """The same with RLPD's rate of the target networks and without the actor's average, in plain float32."""
+    for script, folder, flags in transfer(seeds):
+        yield script, folder, [*flags[: -len(FAST)], *map(str, SLOW)]
+
+
 def fast(seeds):
-    """Does learning suffer from what is fast? As in `transfer`, where the same seeds ran in plain float32."""
+    """Does learning suffer from what is fast? As in `slow_targets`, where the same seeds ran in plain float32."""
     for seed in seeds:
         for env in ("HalfCheetah-v4", "Pusher-v5"):
-            yield job("wombet.py", env, "scratch-fast", seed, "--no-prior", *FAST)
+            yield job("wombet.py", env, "scratch-fast", seed, "--no-prior", *SLOW, *FAST)
 
 
 def job(script, env, name, seed, *flags):
@@ -102,7 +112,8 @@ def offline_table():
         print("  ".join(f"{cell!s:<12}" for cell in row))
 
 
-TOPICS = {"transfer": transfer, "fast": fast, "baselines": baselines, "offline-data": offline_data, "offline": offline}
+TOPICS = {"transfer": transfer, "slow-targets": slow_targets, "fast": fast, "baselines": baselines,
+          "offline-data": offline_data, "offline": offline}
 
 
 def run(topic, script, folder, flags):
