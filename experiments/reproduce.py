@@ -4,7 +4,7 @@
     python experiments/reproduce.py slow-targets --jobs 2     the same with RLPD's rate of the target networks
     python experiments/reproduce.py fast --jobs 2             that from scratch, with the flags for speed
     python experiments/reproduce.py baselines --jobs 2
-    python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and transfer leave
+    python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and slow-targets leave
 
 Runs go to runs/<topic>/; config.json, progress.csv and model_error.csv of each go to results/<topic>/ as it ends.
 "offline" ends with results/offline/table.csv, returns also in units of the data's mean return.
@@ -33,11 +33,11 @@ def transfer(seeds):
                 yield job("wombet.py", env, name, seed, *flags, *FAST)
 
 
-SLOW = ["--polyak", 0.005, "--actor-average", 1]
+SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]  # earlier defaults
 
 
 def slow_targets(seeds):
-    """The same with RLPD's rate of the target networks and without the actor's average, in plain float32."""
+    """The same with the earlier defaults (RLPD's rate of the target networks, no average actor), in plain float32."""
     for script, folder, flags in transfer(seeds):
         yield script, folder, [*flags[: -len(FAST)], *map(str, SLOW)]
 
@@ -70,9 +70,9 @@ def offline_data(seeds):
     yield job("baselines/sac.py", "HalfCheetah-v4", "data", 0, "--target-steps", 30_000, "--save-dataset")
 
 
-DATASETS = {  # from ROOT, where runs start; D_S is WOMBET's on the same task, relabelled: `transfer` leaves it
+DATASETS = {  # from ROOT, where runs start; D_S is WOMBET's on the same task, relabelled: `slow-targets` leaves it
     "sac": Path("runs", "offline-data", "HalfCheetah-v4__data__0", "dataset.npz"),
-    "ds": Path("runs", "transfer", "HalfCheetah-v4__wombet__1", "dataset.npz")}
+    "ds": Path("runs", "slow-targets", "HalfCheetah-v4__wombet__1", "dataset.npz")}
 
 
 MARKS = 10_000, 20_000  # updates
