@@ -124,6 +124,7 @@ def build_parser():
 
 def check_args(args):
     need(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
+    need(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
     need(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
     need(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
     need(args.horizon <= args.imagined_length,
@@ -249,8 +250,11 @@ def reuse_source(run, source_run):
     if differ:
         raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
     state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
-    load_side(run.source, state["source"])
-    run.model.load_state_dict(state["model"])
+    try:
+        load_side(run.source, state["source"])
+        run.model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:  # of a version whose agent or model has other parts
+        raise ValueError(f"{source_run}/source.pt does not fit this version: {str(error).splitlines()[0]}") from None
     run.holdout_mse, run.phase = state["holdout_mse"], "generate"
     load_log_and_generators(run, state)
 

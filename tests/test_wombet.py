@@ -207,6 +207,15 @@ def test_restarts_let_every_planned_step_count(base, tmp_path):
     assert 80 >= sizes[1] > sizes[0]  # 8 places of 10 steps
 
 
+def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
+    folder = shutil.copytree(base, tmp_path / base.name)
+    state = torch.load(folder / "source.pt", weights_only=True)
+    del state["source"]["agent"]["average_actor"]
+    torch.save(state, folder / "source.pt")
+    assert run(tmp_path, "--source-run", folder, name="later")[0] == 2
+    assert "does not fit this version: 'average_actor'" in capsys.readouterr().err
+
+
 def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
     flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60"]
     runs = [run(tmp_path, *flags, "--trust-percentile", p, name=p)[1] for p in ("0", "60")]
@@ -260,6 +269,7 @@ BAD = {
     "alpha": ["--alpha-min", "0.6", "--alpha-max", "0.5"],
     "critics": ["--critics", "2", "--min-critics", "3"],
     "elites": ["--elites", "9"],
+    "no average at all": ["--actor-average", "0"],
     "horizon": ["--horizon", "11"],
     "restart": ["--restart", "--generate-in", "env"],
     "device": ["--device", "cuda:7"],
