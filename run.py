@@ -4,6 +4,7 @@ A `run` here is a namespace with at least args, dir, log (a Log), rng (NumPy's g
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import functools
@@ -168,6 +169,15 @@ def load(path, device, program):
     if not isinstance(state, dict) or program not in state:
         raise ValueError(f"{path} is not a checkpoint of {program}.py")
     return state
+
+
+@contextlib.contextmanager
+def fitting(what, there):
+    """What does not load from a checkpoint is bad input: ValueError, `what` does not fit `there`."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{what} does not fit {there}: {str(error).splitlines()[0]}") from None
 
 
 # D4RL's names, for what a file of transitions holds; the last three may be missing from it

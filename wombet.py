@@ -26,10 +26,10 @@ import torch
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
 from filter import MODES, accept, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_dataset,
-                 load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run, percent,
-                 positive, read_config, read_flags, run_program, save, save_dataset, share, show, source_quantities,
-                 stop_if_not_finite, store_step, write_config)
+from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fitting, load,
+                 load_dataset, load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run,
+                 percent, positive, read_config, read_flags, run_program, save, save_dataset, share, show,
+                 source_quantities, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 
@@ -225,7 +225,7 @@ def load_side(side, state):
 
 
 def load_state_dict(run, state):
-    try:
+    with fitting("the checkpoint", "these flags"):
         for name in RUN_VALUES:
             setattr(run, name, state[name])
         for name in ("source", "target"):
@@ -234,8 +234,6 @@ def load_state_dict(run, state):
         for name in ("model", "explorer", "prior"):
             if getattr(run, name) is not None:
                 getattr(run, name).load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint does not fit these flags: {str(error).splitlines()[0]}") from None
     run.mix.td_error = state["td_error"]
     load_log_and_generators(run, state)
 
@@ -250,11 +248,9 @@ def reuse_source(run, source_run):
     if differ:
         raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
     state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
-    try:
+    with fitting(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:  # of a version whose agent or model has other parts
-        raise ValueError(f"{source_run}/source.pt does not fit this version: {str(error).splitlines()[0]}") from None
     run.holdout_mse, run.phase = state["holdout_mse"], "generate"
     load_log_and_generators(run, state)
 

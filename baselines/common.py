@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 from agent import ReplayBuffer
-from run import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, load, load_dataset,
-                 load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run, positive,
-                 read_config, read_flags, run_program, save, save_dataset, share, show, source_quantities,
+from run import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fitting, load,
+                 load_dataset, load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run,
+                 positive, read_config, read_flags, run_program, save, save_dataset, share, show, source_quantities,
                  stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv
 
@@ -134,15 +134,13 @@ def state_dict(run):
 
 
 def load_state_dict(run, state):
-    try:
+    with fitting("the checkpoint", "these flags"):
         run.phase, run.step, run.info, run.dataset_size = (state[k] for k in ("phase", "step", "info", "dataset_size"))
         run.agent.load_state_dict(state["agent"])
         if not run.args.evaluate:
             make_buffer(run)  # a dataset's rows are in the checkpoint
             run.env.load_state_dict(state["env"])
             run.buffer.load_state_dict(state["buffer"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint does not fit these flags: {str(error).splitlines()[0]}") from None
     load_log_and_generators(run, state)
 
 

@@ -23,23 +23,20 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
+SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]  # earlier defaults
 
 
-def transfer(seeds):
+def transfer(seeds, more=FAST):
     """WOMBET against the same agent from scratch, by default flags and those for speed: (script, run folder, flags)."""
     for name, flags in (("scratch", ["--no-prior"]), ("wombet", [])):
         for seed in seeds:
             for env in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5"):
-                yield job("wombet.py", env, name, seed, *flags, *FAST)
-
-
-SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]  # earlier defaults
+                yield job("wombet.py", env, name, seed, *flags, *more)
 
 
 def slow_targets(seeds):
     """The same with the earlier defaults (RLPD's rate of the target networks, no average actor), in plain float32."""
-    for script, folder, flags in transfer(seeds):
-        yield script, folder, [*flags[: -len(FAST)], *map(str, SLOW)]
+    return transfer(seeds, SLOW)
 
 
 def fast(seeds):
