@@ -95,16 +95,16 @@ def build_parser():
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
-    g.add_argument("--lr", type=positive, default=3e-4, help="learning rate of actor, critics and temperature")
+    g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of actor, critics and temperature")
     g.add_argument("--discount", type=share, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=share, default=0.02, help="rate of the target networks")
-    g.add_argument("--init-temperature", type=positive, default=0.1, help="of SAC's entropy term")
+    g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--update-dtype", default="float32", choices=("float32", "bfloat16"), help="of products in learning")
     g.add_argument("--compile", **SWITCH, default=False, help="torch.compile the gradients: faster after half a minute")
-    g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
+    g.add_argument("--random-steps", type=amount, default=5000, help="uniform actions before learning without D_S")
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--prior", **SWITCH, default=True, help="learn from D_S; --no-prior: from scratch")
@@ -130,6 +130,11 @@ def check_args(args):
     need(args.horizon <= args.imagined_length,
          f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
     need(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
+    if not (args.offline_data or args.source_run):
+        where = "source" if args.prior else "target"
+        steps = vars(args)[f"{where}_steps"]
+        need(args.random_steps < steps, f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} to "
+             "learn in")
     need(not (args.restart and args.generate_in == "env"), "--restart is for --generate-in model alone")
     need(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     need(args.prior or not (args.offline_data or args.source_run),

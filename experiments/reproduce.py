@@ -23,7 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
-SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]  # earlier defaults
+SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3, "--lr", 3e-4, "--init-temperature", 0.1,
+        "--random-steps", 1000]  # earlier defaults
 
 
 def transfer(seeds, more=FAST):

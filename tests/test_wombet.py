@@ -271,6 +271,8 @@ BAD = {
     "elites": ["--elites", "9"],
     "no average at all": ["--actor-average", "0"],
     "horizon": ["--horizon", "11"],
+    "random actions alone": ["--random-steps", "150"],
+    "alone, from scratch": ["--no-prior", "--random-steps", "120"],
     "restart": ["--restart", "--generate-in", "env"],
     "device": ["--device", "cuda:7"],
     "nonsense device": ["--device", "abacus"],
