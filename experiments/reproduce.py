@@ -1,7 +1,8 @@
 """The runs behind each figure, a process a core, resumable: what is done is skipped, what was cut short goes on.
 
     python experiments/reproduce.py transfer --jobs 2
-    python experiments/reproduce.py slow-targets --jobs 2     the same with RLPD's rate of the target networks
+    python experiments/reproduce.py slow-lr --jobs 2          the same with an earlier learning rate and exploration
+    python experiments/reproduce.py slow-targets --jobs 2     those and RLPD's rate of the target networks
     python experiments/reproduce.py fast --jobs 2             that from scratch, with the flags for speed
     python experiments/reproduce.py baselines --jobs 2
     python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and slow-targets leave
@@ -23,8 +24,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
-SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3, "--lr", 3e-4, "--init-temperature", 0.1,
-        "--random-steps", 1000]  # earlier defaults
+SLOW_LR = ["--lr", 3e-4, "--init-temperature", 0.1, "--random-steps", 1000]  # earlier defaults
+SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3, *SLOW_LR]  # and earlier ones
 
 
 def transfer(seeds, more=FAST):
@@ -35,8 +36,13 @@ def transfer(seeds, more=FAST):
                 yield job("wombet.py", env, name, seed, *flags, *more)
 
 
+def slow_lr(seeds):
+    """The same with an earlier learning rate, first temperature and number of random steps."""
+    return transfer(seeds, [*SLOW_LR, *FAST])
+
+
 def slow_targets(seeds):
-    """The same with the earlier defaults (RLPD's rate of the target networks, no average actor), in plain float32."""
+    """Those and the defaults before (RLPD's rate of the target networks, no average actor), in plain float32."""
     return transfer(seeds, SLOW)
 
 
@@ -110,7 +116,7 @@ def offline_table():
         print("  ".join(f"{cell!s:<12}" for cell in row))
 
 
-TOPICS = {"transfer": transfer, "slow-targets": slow_targets, "fast": fast, "baselines": baselines,
+TOPICS = {"transfer": transfer, "slow-lr": slow_lr, "slow-targets": slow_targets, "fast": fast, "baselines": baselines,
           "offline-data": offline_data, "offline": offline}
 
 
