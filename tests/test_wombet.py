@@ -224,7 +224,8 @@ def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--explore", "mpc"], ["--source", "stand"], ["--source-speed-cap", "0.1"],
-                                   ["--no-layer-norm"], ["--collect-penalty-coef", "5", "--explore", "mix"]])
+                                   ["--no-layer-norm"],
+                                   ["--collect-penalty-coef", "5", "--explore", "mix", "--mpc-every", "2"]])
 def test_source_flags(base, tmp_path, flags):
     code, folder = run(tmp_path, *flags)
     assert code == 0 and rows(folder)[-1] != rows(base)[-1]
