@@ -309,6 +309,16 @@ def store_step(env, buffer, action):
         env.obs = None
 
 
+def recent_return(buffer, window):
+    """Mean undiscounted return of the episodes that ended in the buffer's last `window` steps (one or more; the buffer
+    has not wrapped)."""
+    data = buffer.filled()
+    ends = ((data["terminated"] + data["timeout"]) > 0).nonzero()[:, 0]
+    totals = data["reward"].double().cumsum(0)[ends]
+    returns = totals.diff(prepend=totals.new_zeros(1))
+    return returns[ends >= buffer.size - window].mean().item()
+
+
 def stop_if_not_finite(run, loss, updates, state_dict):
     """Raises FloatingPointError, and leaves state_dict(run) in nonfinite.pt, where a loss is not finite."""
     if not math.isfinite(loss):

@@ -13,6 +13,7 @@ the baselines (common flags, run folder, log, checkpoints, exit codes) is in run
 """
 
 import argparse
+import copy
 import functools
 import math
 import sys
@@ -28,8 +29,8 @@ from filter import MODES, accept, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
 from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fitting, load,
                  load_dataset, load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run,
-                 percent, positive, read_config, read_flags, run_program, save, save_dataset, share, show,
-                 source_quantities, stop_if_not_finite, store_step, write_config)
+                 percent, positive, read_config, read_flags, recent_return, run_program, save, save_dataset, share,
+                 show, source_quantities, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 
@@ -55,6 +56,8 @@ def build_parser():
     g.add_argument("--explore", default="policy", choices=("policy", "mpc", "mix"), help="who acts in the source task")
     g.add_argument("--mpc-every", type=count, default=4, help="with --explore mix: one episode in so many is MPC's")
     g.add_argument("--explore-refit-every", type=count, default=2500, help="source steps between fits for MPC episodes")
+    g.add_argument("--snapshot-window", type=amount, default=2000, help="steps of training episodes that the source "
+                   "agent to go on with is chosen by, the one of the highest mean return; 0: the last agent")
 
     g = parser.add_argument_group("planning (section 4.2, eqs. 1 to 5)")
     g.add_argument("--horizon", type=count, default=5, help="H, steps planned ahead")
@@ -87,24 +90,24 @@ def build_parser():
     g.add_argument("--u-threshold", type=float, help="u_th itself")
 
     g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
-    g.add_argument("--critics", type=count, default=2, help="N, critics in the ensemble")
+    g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
     g.add_argument("--min-critics", type=count, default=2, help="M, size of the random subset under the target's min")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
     g.add_argument("--actor-average", type=share, default=1e-3, help="rate of the actor's average, which is evaluated")
-    g.add_argument("--utd", type=count, default=4, help="critic updates per environment step")
+    g.add_argument("--utd", type=count, default=8, help="critic updates per environment step")
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
     g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of actor, critics and temperature")
     g.add_argument("--discount", type=share, default=0.99, help="gamma, also of planning and of J in eq. 6")
-    g.add_argument("--polyak", type=share, default=0.02, help="rate of the target networks")
+    g.add_argument("--polyak", type=share, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--update-dtype", default="float32", choices=("float32", "bfloat16"), help="of products in learning")
     g.add_argument("--compile", **SWITCH, default=False, help="torch.compile the gradients: faster after half a minute")
-    g.add_argument("--random-steps", type=amount, default=5000, help="uniform actions before learning without D_S")
+    g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--prior", **SWITCH, default=True, help="learn from D_S; --no-prior: from scratch")
@@ -154,7 +157,7 @@ def build(args, run_dir):
     torch.manual_seed(args.seed)
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), episodes=0, fitted_at=0,
                           phase="source" if args.prior else "target", thresholds=None, acceptance=None,
-                          holdout_mse=None, rng=np.random.default_rng(args.seed))
+                          best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
 
     def side(source, steps, offset):
         """One task's environments, agent and data."""
@@ -204,7 +207,7 @@ def planner(run, penalty_coef):
 
 
 SIDE_VALUES = ("step", "updates", "planned")  # plain values of a side, and below of a run, that a checkpoint keeps
-RUN_VALUES = ("phase", "thresholds", "acceptance", "holdout_mse", "episodes", "fitted_at")
+RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse", "episodes", "fitted_at")
 
 
 def state_dict(run):
@@ -304,6 +307,9 @@ def learn(run, name):
         side.step += 1
         if not warm:
             info = update(run, side, prior)
+        if name == "source" and args.snapshot_window and env.obs is None and (
+                side.step >= args.random_steps + args.snapshot_window):
+            keep_best(run)
         if name == "target" and prior is not None and not args.offline_data and args.refit_every and (
                 side.step % args.refit_every == 0 and side.step < steps):
             began = time.time()
@@ -315,6 +321,23 @@ def learn(run, name):
         if side.step % args.checkpoint_every == 0:
             save(run.dir / "checkpoint.pt", state_dict(run))
         run.log.live(name, side.step, steps, text)
+
+
+def keep_best(run):
+    """Keeps a copy of the source agent when its recent training episodes return more than at any time before."""
+    mean = recent_return(run.source.buffer, run.args.snapshot_window)
+    if run.best is None or mean > run.best["return"]:
+        run.best = {"return": mean, "step": run.source.step, "agent": copy.deepcopy(run.source.agent.state_dict())}
+
+
+def choose_best(run):
+    """Goes on with the agent that `keep_best` kept, if there is one."""
+    # Deviation: the last agent may be in one of the falls that policies take between one evaluation and the next
+    if run.best is not None:
+        run.source.agent.load_state_dict(run.best["agent"])
+        run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
+                     f"{run.best['return']:.1f}")
+        run.best = None
 
 
 def start_episode(run, name):
@@ -440,6 +463,7 @@ def train(args):
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
+        choose_best(run)
         save(run.dir / "checkpoint.pt", state_dict(run))
         fit(run, args.model_epochs)
         run.phase = "generate"

@@ -1,7 +1,8 @@
 """The runs behind each figure, a process a core, resumable: what is done is skipped, what was cut short goes on.
 
     python experiments/reproduce.py transfer --jobs 2
-    python experiments/reproduce.py slow-lr --jobs 2          the same with an earlier learning rate and exploration
+    python experiments/reproduce.py two-critics --jobs 2      the same with earlier defaults: N = 2, UTD 4
+    python experiments/reproduce.py slow-lr --jobs 2          those and an earlier learning rate and exploration
     python experiments/reproduce.py slow-targets --jobs 2     those and RLPD's rate of the target networks
     python experiments/reproduce.py fast --jobs 2             that from scratch, with the flags for speed
     python experiments/reproduce.py baselines --jobs 2
@@ -24,8 +25,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
-SLOW_LR = ["--lr", 3e-4, "--init-temperature", 0.1, "--random-steps", 1000]  # earlier defaults
-SLOW = ["--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3, *SLOW_LR]  # and earlier ones
+# earlier defaults, each line older than the one before; of a flag given twice the last counts
+TWO_CRITICS = ["--critics", 2, "--utd", 4, "--polyak", 0.02, "--random-steps", 5000,
+               "--snapshot-window", 0]
+SLOW_LR = [*TWO_CRITICS, "--lr", 3e-4, "--init-temperature", 0.1, "--random-steps", 1000]
+SLOW = [*SLOW_LR, "--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]
 
 
 def transfer(seeds, more=FAST):
@@ -36,8 +40,13 @@ def transfer(seeds, more=FAST):
                 yield job("wombet.py", env, name, seed, *flags, *more)
 
 
+def two_critics(seeds):
+    """The same with two critics, four updates a step, 5,000 random steps and the last source agent as guide."""
+    return transfer(seeds, [*TWO_CRITICS, *FAST])
+
+
 def slow_lr(seeds):
-    """The same with an earlier learning rate, first temperature and number of random steps."""
+    """Those with an earlier learning rate, first temperature and number of random steps."""
     return transfer(seeds, [*SLOW_LR, *FAST])
 
 
@@ -116,8 +125,8 @@ def offline_table():
         print("  ".join(f"{cell!s:<12}" for cell in row))
 
 
-TOPICS = {"transfer": transfer, "slow-lr": slow_lr, "slow-targets": slow_targets, "fast": fast, "baselines": baselines,
-          "offline-data": offline_data, "offline": offline}
+TOPICS = {"transfer": transfer, "two-critics": two_critics, "slow-lr": slow_lr, "slow-targets": slow_targets,
+          "fast": fast, "baselines": baselines, "offline-data": offline_data, "offline": offline}
 
 
 def run(topic, script, folder, flags):

@@ -14,11 +14,12 @@ import torch
 
 import tasks
 import wombet
-from run import COLUMNS
+from agent import ReplayBuffer
+from run import COLUMNS, recent_return
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
-          --random-steps 60 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2 --refit-epochs 1
-          --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50 --imagined-trajectories 8
+          --random-steps 60 --snapshot-window 40 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2
+          --refit-epochs 1 --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50 --imagined-trajectories 8
           --imagined-length 10
           --population 8 --elites 4 --policy-samples 4 --batch-size 16
           --utd 2 --device cpu --threads 1""".split()
@@ -154,6 +155,40 @@ def test_memory_of_a_long_run(tmp_path):
     filled, update, whole = map(float, done.stdout.split() and [w for w in done.stdout.split() if w[0].isdigit()][:2]
                                 + [done.stdout.split()[-1]])
     assert filled < 1.0 and update < 0.05 and whole < 2.0  # GiB
+
+
+def test_recent_return_by_hand():
+    buffer = ReplayBuffer(20, reward=(), terminated=(), timeout=())
+    for length, reward, key in ((4, 1.0, "terminated"), (3, 2.0, "timeout"), (5, -1.0, "terminated"), (2, 9.0, "none")):
+        for step in range(length):
+            last = step == length - 1
+            buffer.add(reward=reward, terminated=last and key == "terminated", timeout=last and key == "timeout")
+    # the episodes end at the 4th, 7th and 12th of 14 steps; the fourth is still running
+    assert recent_return(buffer, 3) == -5.0
+    assert recent_return(buffer, 8) == (6 - 5) / 2
+    assert recent_return(buffer, 14) == recent_return(buffer, 100) == (4 + 6 - 5) / 3
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_the_source_agent_that_goes_on(tmp_path, monkeypatch, window):
+    """The last one, or the one whose recent training episodes returned most."""
+    seen, original = [], wombet.update
+
+    def watched(run, side, prior):
+        info = original(run, side, prior)
+        if side is run.source:
+            seen.append((run.source.env.obs is None, recent_return(run.source.buffer, 40) if side.step >= 60 else None,
+                         side.agent.log_temperature.item()))
+        return info
+
+    monkeypatch.setattr(wombet, "update", watched)
+    code, folder = run(tmp_path, "--snapshot-window", window, "--target-steps", 60)
+    assert code == 0 and len(seen) == 90
+    kept = torch.load(folder / "source.pt", weights_only=True)["source"]["agent"]["log_temperature"].item()
+    ended = [(mean, -k) for k, (over, mean, _) in enumerate(seen) if over and k >= 39]  # of 60 + 40 steps on
+    best = -max(ended)[1]
+    assert best != len(seen) - 1  # else the two would be one
+    assert kept == seen[best if window else -1][2]
 
 
 def test_resume_goes_on_to_more_steps(base, tmp_path):
