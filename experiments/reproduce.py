@@ -26,8 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
 # earlier defaults, each line older than the one before; of a flag given twice the last counts
-TWO_CRITICS = ["--critics", 2, "--utd", 4, "--polyak", 0.02, "--random-steps", 5000,
-               "--snapshot-window", 0]
+TWO_CRITICS = ["--critics", 2, "--utd", 4, "--polyak", 0.02, "--random-steps", 5000, "--snapshot-window", 0]
 SLOW_LR = [*TWO_CRITICS, "--lr", 3e-4, "--init-temperature", 0.1, "--random-steps", 1000]
 SLOW = [*SLOW_LR, "--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]
 
