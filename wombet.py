@@ -206,7 +206,7 @@ def planner(run, penalty_coef):
                policy_samples=args.policy_samples, value=source.agent.value if args.guide else None)
 
 
-SIDE_VALUES = ("step", "updates", "planned")  # plain values of a side, and below of a run, that a checkpoint keeps
+SIDE_VALUES = ("step", "updates", "planned")  # of a side, and below of a run, what a checkpoint keeps as it is
 RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse", "episodes", "fitted_at")
 
 

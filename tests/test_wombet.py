@@ -19,8 +19,8 @@ from run import COLUMNS, recent_return
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
           --random-steps 60 --snapshot-window 40 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2
-          --refit-epochs 1 --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50 --imagined-trajectories 8
-          --imagined-length 10
+          --refit-epochs 1 --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50
+          --imagined-trajectories 8 --imagined-length 10
           --population 8 --elites 4 --policy-samples 4 --batch-size 16
           --utd 2 --device cpu --threads 1""".split()
 
@@ -177,8 +177,7 @@ def test_the_source_agent_that_goes_on(tmp_path, monkeypatch, window):
     def watched(run, side, prior):
         info = original(run, side, prior)
         if side is run.source:
-            seen.append((run.source.env.obs is None, recent_return(run.source.buffer, 40) if side.step >= 60 else None,
-                         side.agent.log_temperature.item()))
+            seen.append((side.env.obs is None, recent_return(side.buffer, 40), side.agent.log_temperature.item()))
         return info
 
     monkeypatch.setattr(wombet, "update", watched)
