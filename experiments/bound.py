@@ -1,0 +1,163 @@
+"""Is the planned return a lower bound on the real one? Eqs. 3 to 5, checked step by step in the source environment.
+
+    python experiments/bound.py runs/Walker2d-v4__wombet__0 runs/Hopper-v4__wombet__0 --out results/bound
+
+A run's source phase gives the model, the source agent and the planner, which acts in real episodes. On the way, from
+the very states it meets, three sequences of H actions are each carried out twice, in the model and in the environment:
+the plan, the source policy's proposal, and uniform actions. Returns are undiscounted and end with the H steps, as in
+eqs. 3 to 5; the bound holds where
+
+    J_P >= J_model - lambda sum_k u(s_k, a_k),   so from  lambda = (J_model - J_P) / sum_k u  on.
+
+Writes bound.csv, a row per sequence, and bound.png, the share of sequences for which the bound holds over lambda.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+
+import wombet  # noqa: E402
+from mpc import MPC  # noqa: E402
+from plot import STYLE, new_figure, style  # noqa: E402
+from run import count, fitting, load, read_config  # noqa: E402
+
+KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
+COLUMNS = ("run", "kind", "step", "model_return", "real_return", "sum_u")
+
+
+def load_source(run_dir):
+    """A run as its source phase left it: agent, data and model, and none of its files touched."""
+    flags = argparse.Namespace(**{**read_config(run_dir)["flags"], "device": "cpu", "compile": False})
+    state = load(Path(run_dir) / "source.pt", "cpu", "wombet")
+    run = wombet.build(flags, Path(run_dir))
+    with fitting(f"{run_dir}/source.pt", "this version"):
+        wombet.load_side(run.source, state["source"])
+        run.model.load_state_dict(state["model"])
+    return run
+
+
+def model_returns(step, task, obs, actions):
+    """What the model says of action sequences: obs (B, d), actions (B, H, A) -> returns (B,) and sums of u (B,)."""
+    scores = [MPC(step, task.reward, task.terminated, actions.shape[-1], horizon=actions.shape[1], discount=1.0,
+                  penalty_coef=penalty).rollout(obs, actions)[1] for penalty in (0.0, 1.0)]
+    return scores[0], scores[0] - scores[1]
+
+
+def real_return(env, state, actions):
+    """The undiscounted return of actions (H, A) in the environment, from the state that `state` replays."""
+    env.load_state_dict(state)
+    total = 0.0
+    for action in actions:
+        _, reward, terminated, _, _ = env.step(action)
+        total += reward
+        if terminated:
+            break
+    return total
+
+
+def check(run, episodes, length, every):
+    """Rows (kind, step, model's return, real return, sum of u) from `episodes` real episodes under the planner."""
+    args, source = run.args, run.source
+    envs, probe = [source.make_env(seed=i) for i in range(episodes)], source.make_env()
+    for env in envs:
+        env.reset()
+    mpc, running, rows = wombet.planner(run, args.plan_penalty_coef), list(range(episodes)), []
+    for t in range(length):
+        obs = torch.as_tensor(np.stack([env.obs for env in envs]))
+        actions = mpc.act(obs)
+        if t % every == 0 and t + args.horizon <= length:
+            shape = (episodes, args.horizon, source.env.action_dim)
+            sequences = {"plan": mpc.plan(obs)[0], "policy": mpc.rollout(obs)[0] if mpc.policy else None,
+                         "uniform": 2 * torch.rand(shape) - 1}
+            for kind, sequence in sequences.items():
+                if sequence is None:
+                    continue
+                imagined, sum_u = model_returns(run.model.step, source.env.task, obs, sequence)
+                rows += [(kind, t, imagined[i].item(), real_return(probe, envs[i].state_dict(), sequence[i]),
+                          sum_u[i].item()) for i in running]
+        for i in list(running):
+            _, _, terminated, truncated, _ = envs[i].step(actions[i])
+            if terminated or truncated:
+                running.remove(i)
+        if not running:
+            break
+    return rows
+
+
+def needed(rows):
+    """The lambda from which on the bound holds, of rows (..., model's return, real return, sum of u); 0 where it
+    holds without a penalty."""
+    model, real, sum_u = np.array([row[-3:] for row in rows], dtype=float).T
+    return np.maximum(model - real, 0.0) / np.maximum(sum_u, 1e-12)
+
+
+def summary(rows, coefs):
+    """A line per run and kind: share of sequences for which the bound holds at each lambda, the lambda that 95 % need,
+    and the mean error of the model's return."""
+    yield ("run", "kind", "sequences", *(f"holds at {c:g}" for c in coefs), "lambda for 95%", "mean J_model - J_P")
+    for run in dict.fromkeys(row[0] for row in rows):
+        for kind in KINDS:
+            some = [row for row in rows if row[:2] == (run, kind)]
+            if some:
+                least = needed(some)
+                yield (run, kind, str(len(some)), *(f"{(least <= c).mean():.2f}" for c in coefs),
+                       f"{np.quantile(least, 0.95):.1f}", f"{np.mean([row[-3] - row[-2] for row in some]):.3f}")
+
+
+def draw(rows, used, path):
+    """Share of sequences for which the bound holds over lambda: a panel per run; `used`: {run: its lambda}."""
+    looks = {kind: {**style(i), "marker": ""} for i, kind in enumerate(KINDS)}
+    legend = [Line2D([], [], label=KINDS[kind], **look) for kind, look in looks.items()]
+    legend.append(Line2D([], [], color="#555555", lw=1, label=r"$\lambda$ of the planner"))
+    fig, axes = new_figure(len(used), legend)
+    coefs = np.concatenate([[0.0], np.geomspace(0.1, 1000, 200)])
+    for j, (ax, (run, coef)) in enumerate(zip(axes[0], used.items())):
+        for kind, look in looks.items():
+            least = needed([row for row in rows if row[:2] == (run, kind)] or [(np.nan,) * 3])
+            ax.plot(coefs, [(least <= c).mean() for c in coefs], **look)
+        ax.axvline(coef, color="#555555", lw=1)
+        ax.set_xscale("symlog", linthresh=0.1)
+        ax.set(title=run, xlabel=r"$\lambda$", ylabel="" if j % 3 else "Share for which the bound holds", ylim=(0, 1.02))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders with a source.pt")
+    parser.add_argument("--out", default="results/bound", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--episodes", type=count, default=20, help="real episodes a run (default: %(default)s)")
+    parser.add_argument("--length", type=count, default=200, help="steps an episode at most (default: %(default)s)")
+    parser.add_argument("--every", type=count, default=10, help="steps between checks (default: %(default)s)")
+    args, rows, used = parser.parse_args(argv), [], {}
+    try:
+        for folder in args.runs:
+            run, name = load_source(folder), Path(folder).resolve().name
+            torch.manual_seed(run.args.seed)
+            rows += [(name, *row) for row in check(run, args.episodes, args.length, args.every)]
+            used[name] = run.args.plan_penalty_coef
+    except ValueError as error:
+        print(f"bound.py: {error}", file=sys.stderr)
+        return 2
+    out = Path(args.out)
+    with matplotlib.rc_context(STYLE):
+        draw(rows, used, out / "bound.png")
+    with open(out / "bound.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    for line in summary(rows, (0, 1, 5, *sorted(set(used.values())))):
+        print("  ".join(f"{cell:<14}" for cell in line))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""experiments/bound.py: what it measures, against a model that is exact, and its report on a run."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from tasks import TaskEnv
+
+from experiments import bound
+from tests.test_wombet import run
+
+
+def test_an_exact_model_returns_what_the_environment_does():
+    """A "model" that steps the simulator: both returns are equal, also where the sequence ends in a fall."""
+    env, inside, probe = (TaskEnv("Hopper-v4", "near", seed=3) for _ in range(3))
+    env.reset()
+    push = np.array([-1.0, 1.0, 1.0], dtype=np.float32)
+    fell = 0
+    for _ in range(60):
+        actions = torch.rand(1, 8, 3) * 2 - 1
+        state = env.state_dict()
+        inside.load_state_dict(state)
+        over = False
+
+        def step(obs, action):
+            nonlocal over
+            if not over:
+                _, _, over, _, features = inside.step(action[0])
+                step.features = torch.as_tensor(features)[None]
+            return torch.as_tensor(inside.obs)[None], step.features, torch.ones(1)
+
+        # the two returns of `model_returns` are two rollouts: this model, which moves on, is asked for one
+        scored = bound.MPC(step, env.task.reward, env.task.terminated, 3, horizon=8, discount=1.0, penalty_coef=0.0)
+        imagined = scored.rollout(torch.as_tensor(env.obs)[None], actions)[1].item()
+        assert imagined == pytest.approx(bound.real_return(probe, state, actions[0]), rel=1e-5)
+        fell += over
+        if env.step(push)[2]:
+            env.reset()
+    assert fell
+
+
+def test_returns_and_uncertainty_of_a_known_model():
+    class Task:
+        reward = staticmethod(lambda obs, action, next_obs, features: next_obs[..., 0])
+        terminated = staticmethod(lambda next_obs: next_obs[..., 0] > 2.5)
+
+    step = lambda obs, action: (obs + action, obs[:, :0], action.abs().sum(-1) / 10)
+    imagined, sum_u = bound.model_returns(step, Task, torch.tensor([[0.0], [1.0]]), torch.ones(2, 3, 1))
+    # 1 + 2 + 3, and 2 + 3, which ends it; u is .1 a step
+    assert imagined.tolist() == pytest.approx([6.0, 5.0]) and sum_u.tolist() == pytest.approx([0.3, 0.2])
+    rows = [("plan", 0, 6.0, 5.0, 0.3), ("plan", 0, 5.0, 5.5, 0.2)]
+    assert bound.needed(rows).tolist() == pytest.approx([1 / 0.3, 0.0])
+
+
+def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
+    code, folder = run(tmp_path)
+    assert code == 0
+    out = tmp_path / "out"
+    flags = ["--out", str(out), "--episodes", "2", "--length", "8", "--every", "2"]
+    assert bound.main([str(folder), *flags]) == 0
+    with open(out / "bound.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["kind"] for row in rows} == set(bound.KINDS) and {row["step"] for row in rows} == {"0", "2"}
+    assert len(rows) == 12 and all(float(row["sum_u"]) > 0 for row in rows)
+    assert (out / "bound.png").exists() and "holds at 20" in capsys.readouterr().out
+
+    (folder / "source.pt").unlink()
+    assert bound.main([str(folder), *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
