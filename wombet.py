@@ -113,6 +113,8 @@ def build_parser():
     g.add_argument("--prior", **SWITCH, default=True, help="learn from D_S; --no-prior: from scratch")
     g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
     g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
+    g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
+    g.add_argument("--keep-source-data", **SWITCH, default=True, help="D_S holds the source's real data too")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=share, default=0.5, help="the share with --alpha-rule fixed")
@@ -188,7 +190,7 @@ def build(args, run_dir):
                                uncertainty_kind=args.uncertainty, inference_dtype=args.plan_dtype,
                                fit_dtype=args.update_dtype, compile=args.compile).to(args.device)
         rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
-        size = rounds * args.imagined_trajectories * args.imagined_length
+        size = rounds * args.imagined_trajectories * args.imagined_length + args.keep_source_data * args.source_steps
         run.prior = ReplayBuffer(size, args.device, **env.shapes)
         run.explorer = planner(run, args.collect_penalty_coef)
     return run
@@ -370,8 +372,10 @@ def update(run, side, prior):
 def fit(run, epochs):
     """Fits the model on all real data: the source's and, later, D_T (section 4.1)."""
     args = run.args
-    parts = [run.source.buffer, run.target.buffer] + ([run.prior] if args.refit_on_imagined else [])
-    # Deviation: the paper refits on D_S and D_T; here D_S, the model's own samples, only by flag
+    # Deviation: the paper refits on D_S and D_T; here the model's own samples, the rest of D_S, only by flag
+    parts = [run.target.buffer, run.prior if args.refit_on_imagined else run.source.buffer]
+    if args.refit_on_imagined and not (args.keep_source_data and run.prior.size):
+        parts.append(run.source.buffer)  # which D_S does not hold
     keys, began = ("obs", "action", "next_obs", "features"), time.time()
     columns = {key: torch.cat([part.filled()[key] for part in parts]) for key in keys}
     result = run.model.fit(**columns, lr=args.model_lr, batch_size=args.model_batch_size, max_epochs=epochs)
@@ -427,6 +431,11 @@ def generate(run):
         run.thresholds = [f if g is None else g for f, g in zip(found, given)]
     try:
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
+        if args.keep_source_data and run.prior.size == 0:
+            # Deviation: section 4.3's D_S is imagined alone; the real data show what no filtered trajectory does, falls
+            real = source.buffer.filled()
+            reward = run.target.env.task.reward(*(real[key] for key in ("obs", "action", "next_obs", "features")))
+            run.prior.add(**{**real, "reward": reward})
         run.prior.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
         run.acceptance = passed.float().mean().item()
     except ValueError as error:
@@ -471,6 +480,9 @@ def train(args):
     if run.phase == "generate":  # 2. imagine D_S
         save(run.dir / "checkpoint.pt", state_dict(run))
         generate(run)
+        if args.warm_start:
+            # Deviation: the paper plans without a policy and learns one in the target task alone
+            run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
         run.phase = "pretrain"
     if run.phase == "pretrain":
         save(run.dir / "checkpoint.pt", state_dict(run))

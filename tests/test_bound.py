@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import TaskEnv
-
 from experiments import bound
+from tasks import TaskEnv
 from tests.test_wombet import run
 
 

@@ -203,6 +203,7 @@ TARGET_FLAGS = {
     "thresholds": ["--return-threshold", "-1000", "--u-threshold", "1000"],
     "no penalty in MPC": ["--plan-penalty-coef", "0"], "no penalty in the target": ["--target-penalty-coef", "0"],
     "no refit": ["--refit-every", "0"], "refit on D_S": ["--refit-on-imagined"], "no guide": ["--no-guide"],
+    "new agent": ["--no-warm-start"], "imagined data alone": ["--no-keep-source-data"],
     "D_S from the environment": ["--generate-in", "env"],
     "variance": ["--uncertainty", "variance"], "max distance": ["--uncertainty", "max-distance"],
     "aleatoric": ["--uncertainty", "aleatoric"], "pretrain": ["--pretrain-updates", "10"],
@@ -233,9 +234,49 @@ def test_target_flags(base, tmp_path, flags):
         assert int(ours[-1]["source_steps"]) > 150
 
 
+def test_the_source_data_in_the_prior(base, tmp_path):
+    """They come once, first and whole, with the target's reward and the model's u; the flag leaves the rest alone."""
+    _, without = run(tmp_path, "--source-run", base, "--no-keep-source-data", "--refit-every", "0")
+    _, also = run(tmp_path, "--source-run", base, "--refit-every", "0", name="also")
+    data, imagined = np.load(also / "dataset.npz"), np.load(without / "dataset.npz")
+    source = torch.load(base / "source.pt", weights_only=True)["source"]["buffer"]["rows"]
+    keys = {"observations": "obs", "actions": "action", "next_observations": "next_obs", "terminals": "terminated",
+            "timeouts": "timeout"}
+    for key, name in keys.items():
+        np.testing.assert_array_equal(data[key], np.concatenate([source[name].numpy(), imagined[key]]))
+    target = source["features"][:, 0] + 1.0 - 1e-3 * source["action"].square().sum(1)
+    np.testing.assert_allclose(data["rewards"][:150], target, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(data["rewards"][150:], imagined["rewards"])
+    assert (data["uncertainty"] > 0).all()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, warm):
+    """The source's, its optimisers and temperature too, which then go on apart; or one that has learnt nothing."""
+    def state(agent):
+        return {k: v.clone() for k, v in agent.critic.state_dict().items()} | {
+            "temperature": agent.log_temperature.detach().clone(),
+            "moment": agent.critic_optimizer.state_dict()["state"].get(0, {"exp_avg": torch.zeros(1)})["exp_avg"].clone()}
+
+    same = lambda a, b: all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+    seen, original = {}, wombet.learn
+
+    def learn(run, name):
+        if name == "target":
+            seen["before"] = state(run.source.agent), state(run.target.agent)
+        original(run, name)
+        seen["after"] = state(run.source.agent), state(run.target.agent)
+
+    monkeypatch.setattr(wombet, "learn", learn)
+    assert run(tmp_path, "--source-run", base, *[] if warm else ["--no-warm-start"])[0] == 0
+    (source, target), (source_later, target_later) = seen["before"], seen["after"]
+    assert same(source, target) == warm
+    assert same(source, source_later) and not same(target, target_later)
+
+
 def test_restarts_let_every_planned_step_count(base, tmp_path):
     flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60",
-             "--trust-percentile", "60"]
+             "--trust-percentile", "60", "--no-keep-source-data"]
     sizes = [int(rows(run(tmp_path, *flags, *more, name=f"n{len(more)}")[1])[-1]["prior_size"])
              for more in ([], ["--restart"])]
     assert 80 >= sizes[1] > sizes[0]  # 8 places of 10 steps
@@ -251,7 +292,8 @@ def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
 
 
 def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
-    flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60"]
+    flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60",
+             "--no-keep-source-data"]
     runs = [run(tmp_path, *flags, "--trust-percentile", p, name=p)[1] for p in ("0", "60")]
     sizes = [int(rows(folder)[-1]["prior_size"]) for folder in runs]
     assert sizes[0] > 70 > sizes[1]  # 8 trajectories of 10 steps; few terminate
