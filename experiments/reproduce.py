@@ -1,7 +1,8 @@
 """The runs behind each figure, a process a core, resumable: what is done is skipped, what was cut short goes on.
 
     python experiments/reproduce.py transfer --jobs 2
-    python experiments/reproduce.py two-critics --jobs 2      the same with earlier defaults: N = 2, UTD 4
+    python experiments/reproduce.py new-agent --jobs 2        the paper's reading: a new agent, and D_S imagined alone
+    python experiments/reproduce.py two-critics --jobs 2      earlier defaults: that with N = 2, UTD 4
     python experiments/reproduce.py slow-lr --jobs 2          those and an earlier learning rate and exploration
     python experiments/reproduce.py slow-targets --jobs 2     those and RLPD's rate of the target networks
     python experiments/reproduce.py fast --jobs 2             that from scratch, with the flags for speed
@@ -26,7 +27,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
 # earlier defaults, each line older than the one before; of a flag given twice the last counts
-TWO_CRITICS = ["--critics", 2, "--utd", 4, "--polyak", 0.02, "--random-steps", 5000, "--snapshot-window", 0]
+NEW_AGENT = ["--no-warm-start", "--no-keep-source-data"]
+TWO_CRITICS = [*NEW_AGENT, "--critics", 2, "--utd", 4, "--polyak", 0.02, "--random-steps", 5000, "--snapshot-window", 0]
 SLOW_LR = [*TWO_CRITICS, "--lr", 3e-4, "--init-temperature", 0.1, "--random-steps", 1000]
 SLOW = [*SLOW_LR, "--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]
 
@@ -37,6 +39,13 @@ def transfer(seeds, more=FAST):
         for seed in seeds:
             for env in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5"):
                 yield job("wombet.py", env, name, seed, *flags, *more)
+
+
+def new_agent(seeds):
+    """A new agent in the target task, and D_S imagined alone; from scratch it is what `transfer` runs."""
+    for seed in seeds:
+        for env in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"):
+            yield job("wombet.py", env, "new-agent", seed, *NEW_AGENT, *FAST)
 
 
 def two_critics(seeds):
@@ -124,8 +133,9 @@ def offline_table():
         print("  ".join(f"{cell!s:<12}" for cell in row))
 
 
-TOPICS = {"transfer": transfer, "two-critics": two_critics, "slow-lr": slow_lr, "slow-targets": slow_targets,
-          "fast": fast, "baselines": baselines, "offline-data": offline_data, "offline": offline}
+TOPICS = {"transfer": transfer, "new-agent": new_agent, "two-critics": two_critics, "slow-lr": slow_lr,
+          "slow-targets": slow_targets, "fast": fast, "baselines": baselines, "offline-data": offline_data,
+          "offline": offline}
 
 
 def run(topic, script, folder, flags):
