@@ -4,9 +4,9 @@
 
 1. Source    an agent learns in the source task; its real transitions train a probabilistic ensemble (section 4.1).
 2. Generate  uncertainty-penalised MPC acts inside that model (eqs. 1 to 5); what passes the dual filter (eq. 6) is
-             relabelled with the target's reward and becomes the prior data D_S (section 4.3).
-3. Target    a new agent learns online from alpha D_S + (1 - alpha) D_T (sections 4.4 to 4.6); every --refit-every
-             steps the model is refit on all real data and step 2 adds to D_S.
+             relabelled with the target's reward and becomes, beside the real source data, D_S (section 4.3).
+3. Target    the source's agent goes on learning online, from alpha D_S + (1 - alpha) D_T (sections 4.4 to 4.6);
+             every --refit-every steps the model is refit on all real data and step 2 adds to D_S.
 
 The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this file wires them. What it shares with
 the baselines (common flags, run folder, log, checkpoints, exit codes) is in run.py.

@@ -37,7 +37,8 @@ COLUMNS = ("run", "kind", "step", "model_return", "real_return", "sum_u")
 
 def load_source(run_dir):
     """A run as its source phase left it: agent, data and model, and none of its files touched."""
-    flags = argparse.Namespace(**{**read_config(run_dir)["flags"], "device": "cpu", "compile": False})
+    theirs = read_config(run_dir)["flags"]  # an older run may lack a flag
+    flags = argparse.Namespace(**{**vars(wombet.parse_args([])), **theirs, "device": "cpu", "compile": False})
     state = load(Path(run_dir) / "source.pt", "cpu", "wombet")
     run = wombet.build(flags, Path(run_dir))
     with fitting(f"{run_dir}/source.pt", "this version"):
@@ -120,14 +121,14 @@ def draw(rows, used, path):
     legend = [Line2D([], [], label=KINDS[kind], **look) for kind, look in looks.items()]
     legend.append(Line2D([], [], color="#555555", lw=1, label=r"$\lambda$ of the planner"))
     fig, axes = new_figure(len(used), legend)
-    coefs = np.concatenate([[0.0], np.geomspace(0.1, 1000, 200)])
-    for j, (ax, (run, coef)) in enumerate(zip(axes[0], used.items())):
+    coefs = np.geomspace(0.01, 100, 200)
+    for ax, (run, coef) in zip(axes[0], used.items()):
         for kind, look in looks.items():
             least = needed([row for row in rows if row[:2] == (run, kind)] or [(np.nan,) * 3])
             ax.plot(coefs, [(least <= c).mean() for c in coefs], **look)
         ax.axvline(coef, color="#555555", lw=1)
-        ax.set_xscale("symlog", linthresh=0.1)
-        ax.set(title=run, xlabel=r"$\lambda$", ylabel="" if j % 3 else "Share for which the bound holds", ylim=(0, 1.02))
+        ax.set(title=run.split("__")[0], xlabel=r"$\lambda$ (reward per unit of u)", xscale="log", ylim=(0, 1.02),
+               ylabel="Share for which the bound holds" if ax.get_subplotspec().is_first_col() else "")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
 
