@@ -69,5 +69,10 @@ def to_transitions(trajectories, passed, reward):
     later = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
     flat = {key: values[valid] for key, values in trajectories.items() if key != "valid"}
     flat["timeout"] = (valid & ~later & ~trajectories["terminated"])[valid]
-    flat["reward"] = reward(flat["obs"], flat["action"], flat["next_obs"], flat["features"])
-    return flat
+    return relabel(flat, reward)
+
+
+def relabel(transitions, reward):
+    """Transitions {key: (n, ...)} under r_T (section 4.3), called as reward(obs, action, next_obs, features)."""
+    keys = ("obs", "action", "next_obs", "features")
+    return {**transitions, "reward": reward(*(transitions[key] for key in keys))}

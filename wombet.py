@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
-from filter import MODES, accept, score_trajectories, thresholds, to_transitions
+from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
 from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fitting, load,
                  load_dataset, load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run,
@@ -373,11 +373,12 @@ def fit(run, epochs):
     """Fits the model on all real data: the source's and, later, D_T (section 4.1)."""
     args = run.args
     # Deviation: the paper refits on D_S and D_T; here the model's own samples, the rest of D_S, only by flag
-    parts = [run.target.buffer, run.prior if args.refit_on_imagined else run.source.buffer]
-    if args.refit_on_imagined and not (args.keep_source_data and run.prior.size):
-        parts.append(run.source.buffer)  # which D_S does not hold
+    parts = [run.target.buffer.filled(), run.source.buffer.filled()]
+    if args.refit_on_imagined:
+        first = run.source.buffer.size if args.keep_source_data else 0  # the rows before it are the source's
+        parts.append({key: values[first:] for key, values in run.prior.filled().items()})
     keys, began = ("obs", "action", "next_obs", "features"), time.time()
-    columns = {key: torch.cat([part.filled()[key] for part in parts]) for key in keys}
+    columns = {key: torch.cat([part[key] for part in parts]) for key in keys}
     result = run.model.fit(**columns, lr=args.model_lr, batch_size=args.model_batch_size, max_epochs=epochs)
     run.holdout_mse = result["holdout_mse"]
     pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
@@ -433,9 +434,7 @@ def generate(run):
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
         if args.keep_source_data and run.prior.size == 0:
             # Deviation: section 4.3's D_S is imagined alone; the real data show what no filtered trajectory does, falls
-            real = source.buffer.filled()
-            reward = run.target.env.task.reward(*(real[key] for key in ("obs", "action", "next_obs", "features")))
-            run.prior.add(**{**real, "reward": reward})
+            run.prior.add(**relabel(source.buffer.filled(), run.target.env.task.reward))
         run.prior.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
         run.acceptance = passed.float().mean().item()
     except ValueError as error:

@@ -29,7 +29,8 @@ from matplotlib.lines import Line2D  # noqa: E402
 import wombet  # noqa: E402
 from mpc import MPC  # noqa: E402
 from plot import STYLE, new_figure, style  # noqa: E402
-from run import count, fitting, load, read_config  # noqa: E402
+from run import count, read_config  # noqa: E402
+from tasks import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
 COLUMNS = ("run", "kind", "step", "model_return", "real_return", "sum_u")
@@ -39,11 +40,8 @@ def load_source(run_dir):
     """A run as its source phase left it: agent, data and model, and none of its files touched."""
     theirs = read_config(run_dir)["flags"]  # an older run may lack a flag
     flags = argparse.Namespace(**{**vars(wombet.parse_args([])), **theirs, "device": "cpu", "compile": False})
-    state = load(Path(run_dir) / "source.pt", "cpu", "wombet")
     run = wombet.build(flags, Path(run_dir))
-    with fitting(f"{run_dir}/source.pt", "this version"):
-        wombet.load_side(run.source, state["source"])
-        run.model.load_state_dict(state["model"])
+    wombet.reuse_source(run, run_dir)
     return run
 
 
@@ -68,29 +66,24 @@ def real_return(env, state, actions):
 
 def check(run, episodes, length, every):
     """Rows (kind, step, model's return, real return, sum of u) from `episodes` real episodes under the planner."""
-    args, source = run.args, run.source
+    horizon, source, task = run.args.horizon, run.source, run.source.env.task
     envs, probe = [source.make_env(seed=i) for i in range(episodes)], source.make_env()
-    for env in envs:
-        env.reset()
-    mpc, running, rows = wombet.planner(run, args.plan_penalty_coef), list(range(episodes)), []
-    for t in range(length):
-        obs = torch.as_tensor(np.stack([env.obs for env in envs]))
-        actions = mpc.act(obs)
-        if t % every == 0 and t + args.horizon <= length:
-            shape = (episodes, args.horizon, source.env.action_dim)
-            sequences = {"plan": mpc.plan(obs)[0], "policy": mpc.rollout(obs)[0] if mpc.policy else None,
-                         "uniform": 2 * torch.rand(shape) - 1}
+    obs, step = torch.as_tensor(np.stack([env.reset() for env in envs])), lockstep(envs, run.model.uncertainty)
+    running, rows, mpc = torch.ones(episodes, dtype=torch.bool), [], wombet.planner(run, run.args.plan_penalty_coef)
+    for t in range(min(length, source.env.max_steps or length)):
+        action = mpc.act(obs)
+        if t % every == 0 and t + horizon <= length:
+            sequences = {"plan": mpc.plan(obs)[0]}
+            if mpc.policy:
+                sequences["policy"] = mpc.rollout(obs)[0]
+            sequences["uniform"] = 2 * torch.rand(episodes, horizon, source.env.action_dim) - 1
             for kind, sequence in sequences.items():
-                if sequence is None:
-                    continue
-                imagined, sum_u = model_returns(run.model.step, source.env.task, obs, sequence)
+                imagined, sum_u = model_returns(run.model.step, task, obs, sequence)
                 rows += [(kind, t, imagined[i].item(), real_return(probe, envs[i].state_dict(), sequence[i]),
-                          sum_u[i].item()) for i in running]
-        for i in list(running):
-            _, _, terminated, truncated, _ = envs[i].step(actions[i])
-            if terminated or truncated:
-                running.remove(i)
-        if not running:
+                          sum_u[i].item()) for i in running.nonzero().flatten().tolist()]
+        obs = step(obs, action)[0]
+        running &= ~task.terminated(obs)
+        if not running.any():
             break
     return rows
 
@@ -129,7 +122,6 @@ def draw(rows, used, path):
         ax.axvline(coef, color="#555555", lw=1)
         ax.set(title=run.split("__")[0], xlabel=r"$\lambda$ (reward per unit of u)", xscale="log", ylim=(0, 1.02),
                ylabel="Share for which the bound holds" if ax.get_subplotspec().is_first_col() else "")
-    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
 
 
@@ -141,16 +133,17 @@ def main(argv=None):
     parser.add_argument("--length", type=count, default=200, help="steps an episode at most (default: %(default)s)")
     parser.add_argument("--every", type=count, default=10, help="steps between checks (default: %(default)s)")
     args, rows, used = parser.parse_args(argv), [], {}
+    out = Path(args.out)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         for folder in args.runs:
             run, name = load_source(folder), Path(folder).resolve().name
             torch.manual_seed(run.args.seed)
             rows += [(name, *row) for row in check(run, args.episodes, args.length, args.every)]
             used[name] = run.args.plan_penalty_coef
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bound.py: {error}", file=sys.stderr)
         return 2
-    out = Path(args.out)
     with matplotlib.rc_context(STYLE):
         draw(rows, used, out / "bound.png")
     with open(out / "bound.csv", "w", newline="") as file:
