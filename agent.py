@@ -1,7 +1,7 @@
-"""Soft actor-critic that learns from a mix of prior and online data (sections 4.4 to 4.6 of the paper).
+"""Soft actor-critic that learns from a mix of offline and online data (sections 4.4 to 4.6 of the paper).
 
 Replay buffer, squashed-Gaussian actor, ensemble of LayerNorm critics (one batched network), the update of the RLPD
-family (Ball et al., 2023) with the penalised target of eq. 7, and the adaptive share of prior data.
+family (Ball et al., 2023) with the penalised target of eq. 7, and the adaptive share of offline data.
 """
 
 import copy
@@ -61,23 +61,23 @@ class ReplayBuffer:
             self.data[key][: self.size] = values
 
 
-def mixed_batch(prior, online, alpha, batch_size, slices):
+def mixed_batch(offline, online, alpha, batch_size, slices):
     """Batches from D_mix = alpha D_S + (1 - alpha) D_T (section 4.4), the share held in every slice.
 
     Args:
-        prior, online: ReplayBuffer D_S (None: no prior data) and D_T (it may still be empty).
+        offline, online: ReplayBuffer D_S (None: no offline data) and D_T (it may still be empty).
         alpha: share of D_S; batch_size: of one critic update; slices: number of critic updates (UTD).
 
-    Returns ({key: (slices, batch_size, ...)}, n_prior): the first n_prior rows of every slice are from D_S.
+    Returns ({key: (slices, batch_size, ...)}, n_offline): the first n_offline rows of every slice are from D_S.
     """
-    n_prior = 0 if prior is None else batch_size if online.size == 0 else round(alpha * batch_size)
-    if n_prior == 0:
+    n_offline = 0 if offline is None else batch_size if online.size == 0 else round(alpha * batch_size)
+    if n_offline == 0:
         return online.sample(slices, batch_size), 0
-    batch = prior.sample(slices, n_prior)
-    if n_prior < batch_size:
-        recent = online.sample(slices, batch_size - n_prior)
+    batch = offline.sample(slices, n_offline)
+    if n_offline < batch_size:
+        recent = online.sample(slices, batch_size - n_offline)
         batch = {key: torch.cat([batch[key], recent[key]], 1) for key in recent}
-    return batch, n_prior
+    return batch, n_offline
 
 
 class AdaptiveMix:
@@ -93,7 +93,7 @@ class AdaptiveMix:
 
     def __init__(self, gain, alpha_min, alpha_max, ema, fixed=None):
         self.gain, self.alpha_min, self.alpha_max, self.ema, self.fixed = gain, alpha_min, alpha_max, ema, fixed
-        self.td_error = None  # delta_bar; before the first measurement the prior is trusted most
+        self.td_error = None  # delta_bar; before the first measurement D_S is trusted most
 
     def update(self, td_error):
         if math.isfinite(td_error):  # a batch without target data has no TD error on it
@@ -180,7 +180,7 @@ class CriticEnsemble(nn.Module):
         norms = [*zip(self.gains, self.shifts), *[()] * (len(sizes) - 1 - len(self.gains))]
         self.layers = [(w, b, *norm) for w, b, norm in zip(self.weights, self.biases, norms)]
 
-    def features(self, obs, action, layers=None):
+    def last_hidden(self, obs, action, layers=None):
         """psi: obs (B, obs_dim), action (B, action_dim) -> (N, B, hidden[-1])."""
         layers = layers or self.layers
         x = torch.cat([obs, action], -1).expand(layers[0][0].shape[0], -1, -1)
@@ -192,12 +192,12 @@ class CriticEnsemble(nn.Module):
             x = x.relu_()
         return x
 
-    def forward(self, obs, action, drawn=None):
-        """obs (B, obs_dim), action (B, action_dim) -> values (N, B), or (M, B) of the critics drawn (M,) alone."""
-        layers = self.layers if drawn is None else [[p[drawn] for p in layer] for layer in self.layers]
+    def forward(self, obs, action, subset=None):
+        """obs (B, obs_dim), action (B, action_dim) -> values (N, B), or (M, B) of the critics `subset` (M,) alone."""
+        layers = self.layers if subset is None else [[p[subset] for p in layer] for layer in self.layers]
         weight, bias = layers[-1]
         # a product and a sum: faster on the CPU than a matrix product with one column
-        return (self.features(obs, action, layers) * weight.mT).sum(-1) + bias.squeeze(-1)
+        return (self.last_hidden(obs, action, layers) * weight.mT).sum(-1) + bias.squeeze(-1)
 
 
 def step(optimizer, parameters, gradients):
@@ -288,23 +288,23 @@ class SAC:
             base = base - factor * self.log_temperature.exp() * log_prob
         return {**batch, "next_action": next_action, "factor": factor, "base": base}
 
-    def drawn(self):
+    def draw_subset(self):
         """The critics under the minimum of one update, (M,); None: all of them."""
         if self.min_critics == self.n_critics:
             return None
         return torch.randperm(self.n_critics, device=self.device)[: self.min_critics]
 
     @torch.no_grad()
-    def target(self, part, drawn=None):
-        """Robust Bellman target y (B,) of eqs. 7 and 9, of a slice that `backup` has seen, with `drawn`'s critics."""
-        values = self.target_critic(part["next_obs"], part["next_action"], drawn)
+    def target(self, part, subset=None):
+        """Robust Bellman target y (B,) of eqs. 7 and 9, of a slice that `backup` has seen, with `subset`'s critics."""
+        values = self.target_critic(part["next_obs"], part["next_action"], subset)
         return part["base"] + part["factor"] * values.amin(0)
 
-    def update(self, batch, n_prior=0):
+    def update(self, batch, n_offline=0):
         """One critic update on each slice, then one of the actor and the temperature on the last slice.
 
         Args: batch: {key: (slices, B, ...)} with obs, action, reward, next_obs, terminated, uncertainty; of every
-            slice's rows the first n_prior are from D_S.
+            slice's rows the first n_offline are from D_S.
 
         Returns a dict of scalar tensors; td_error is the mean of |mean_i Q_i - y| over the target rows, before the
         updates (NaN where there are none).
@@ -312,21 +312,21 @@ class SAC:
         slices, td_error = len(batch["obs"]), 0.0
         batch = self.backup(batch)
         for k in range(slices):
-            info = self.update_critic({key: values[k] for key, values in batch.items()}, n_prior)
+            info = self.update_critic({key: values[k] for key, values in batch.items()}, n_offline)
             td_error = td_error + info["td_error"] / slices
         return {**info, "td_error": td_error, **self.update_actor(batch["obs"][-1])}
 
-    def update_critic(self, part, n_prior=0):
+    def update_critic(self, part, n_offline=0):
         """One step of the critics on one slice that `backup` has seen; scalar tensors."""
-        gradients, loss, q, y = self.critic_gradients(part, self.drawn())
+        gradients, loss, q, y = self.critic_gradients(part, self.draw_subset())
         self.step_critic(gradients)
-        td_error = (q.mean(0) - y)[n_prior:].abs().mean()
+        td_error = (q.mean(0) - y)[n_offline:].abs().mean()
         return {"critic_loss": loss / self.n_critics, "td_error": td_error, "q_mean": q.mean()}
 
-    def critic_gradients(self, part, drawn):
+    def critic_gradients(self, part, subset):
         """Of eq. 7's loss, the mean of (Q_i - y)^2, summed over critics, so that a critic's step does not depend on
         their number; also returns the loss, Q (N, B) and y (B,)."""
-        y, q = self.target(part, drawn), self.critic(part["obs"], part["action"])
+        y, q = self.target(part, subset), self.critic(part["obs"], part["action"])
         loss = (q - y).square().mean(1).sum()
         return torch.autograd.grad(loss, self.critic_parameters), loss.detach(), q.detach(), y
 

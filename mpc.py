@@ -131,10 +131,10 @@ class MPC:
                 centre, spread = torch.where(half, start.unsqueeze(1), centre), torch.where(half, self.init_std, spread)
             drawn = (centre + spread * noise).clamp(-1, 1)
             drawn[:, 0] = start if i == 0 else mean  # the warm start and the distribution's own mean compete too
-            drawn_scores = self.rollout(obs.repeat_interleave(self.population, 0), drawn.flatten(0, 1))[1]
+            candidate_scores = self.rollout(obs.repeat_interleave(self.population, 0), drawn.flatten(0, 1))[1]
             # the model is deterministic, so what was scored before keeps its score
             pool = torch.cat([pool[:, : self.n_keep], drawn], 1)
-            scores = torch.cat([scores[:, : self.n_keep], drawn_scores.view(batch, -1)], 1)
+            scores = torch.cat([scores[:, : self.n_keep], candidate_scores.view(batch, -1)], 1)
             mean, std, pool, scores, elite_mean = self._refit(mean, std, pool, scores)
         best = torch.where(scores[:, :1, None].isfinite(), pool[:, 0], elite_mean)
         return best if self.execute == "best" else elite_mean, scores[:, 0]

@@ -9,7 +9,7 @@
              every --refit-every steps the model is refit on all real data and step 2 adds to D_S.
 
 The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this file wires them. What it shares with
-the baselines (common flags, run folder, log, checkpoints, exit codes) is in run.py.
+the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import torch
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
 from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from run import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fitting, load,
-                 load_dataset, load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run,
-                 percent, positive, read_config, read_flags, recent_return, run_program, save, save_dataset, share,
+from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, must_fit, load,
+                 load_dataset, load_log_and_generators, log_and_generators, require, new_parser, nonnegative, open_run,
+                 percent, positive, read_config, read_flags, recent_return, run_program, save, save_dataset, fraction,
                  show, source_quantities, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
@@ -64,10 +64,10 @@ def build_parser():
     g.add_argument("--population", type=count, default=32, help="candidates drawn in a CEM iteration")
     g.add_argument("--elites", type=count, default=8, help="candidates that refit the distribution")
     g.add_argument("--iterations", type=count, default=1, help="CEM iterations, beside the policy's proposals")
-    g.add_argument("--momentum", type=share, default=0.1, help="share of the old mean and std kept by a refit")
+    g.add_argument("--momentum", type=fraction, default=0.1, help="share of the old mean and std kept by a refit")
     g.add_argument("--init-std", type=positive, default=0.3, help="std of the first iteration, actions in [-1, 1]")
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
-    g.add_argument("--keep-elites", type=share, default=0.3, help="share of elites kept as candidates")
+    g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates")
     g.add_argument("--execute", default="mean", choices=("mean", "best"), help="plan executed: elites' mean or best")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
     g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
@@ -80,7 +80,7 @@ def build_parser():
     g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
     g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories per round")
     g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
-    g.add_argument("--reset-share", type=share, default=0.5, help="share from resets; others: source data")
+    g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets; others: source data")
     g.add_argument("--restart", **SWITCH, default=False, help="start others in place of trajectories that end early")
     g.add_argument("--trust-percentile", type=percent, default=95.0, help="cut beyond it, of u on source data; 0: no")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
@@ -93,14 +93,14 @@ def build_parser():
     g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
     g.add_argument("--min-critics", type=count, default=2, help="M, size of the random subset under the target's min")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
-    g.add_argument("--actor-average", type=share, default=1e-3, help="rate of the actor's average, which is evaluated")
+    g.add_argument("--actor-average", type=fraction, default=1e-3, help="rate of the actor's average, which is evaluated")
     g.add_argument("--utd", type=count, default=8, help="critic updates per environment step")
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
     g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of actor, critics and temperature")
-    g.add_argument("--discount", type=share, default=0.99, help="gamma, also of planning and of J in eq. 6")
-    g.add_argument("--polyak", type=share, default=0.01, help="rate of the target networks")
+    g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
+    g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
     g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
@@ -117,32 +117,32 @@ def build_parser():
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="D_S holds the source's real data too")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
-    g.add_argument("--alpha", type=share, default=0.5, help="the share with --alpha-rule fixed")
+    g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="alpha = clip(gain * |TD error|, min, max)")
-    g.add_argument("--alpha-min", type=share, default=0.05, help="lower end of alpha")
-    g.add_argument("--alpha-max", type=share, default=0.5, help="upper end of alpha")
-    g.add_argument("--alpha-ema", type=share, default=0.005, help="rate of the |TD error|'s running mean, per step")
+    g.add_argument("--alpha-min", type=fraction, default=0.05, help="lower end of alpha")
+    g.add_argument("--alpha-max", type=fraction, default=0.5, help="upper end of alpha")
+    g.add_argument("--alpha-ema", type=fraction, default=0.005, help="rate of the |TD error|'s running mean, per step")
     g.add_argument("--refit-every", type=amount, default=10_000, help="target steps between rounds; 0: one round only")
     g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit the model on D_S too")
     return parser
 
 
 def check_args(args):
-    need(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
-    need(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
-    need(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
-    need(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
-    need(args.horizon <= args.imagined_length,
+    require(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
+    require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
+    require(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
+    require(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
+    require(args.horizon <= args.imagined_length,
          f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
-    need(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
+    require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
         steps = vars(args)[f"{where}_steps"]
-        need(args.random_steps < steps, f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} to "
+        require(args.random_steps < steps, f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} to "
              "learn in")
-    need(not (args.restart and args.generate_in == "env"), "--restart is for --generate-in model alone")
-    need(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
-    need(args.prior or not (args.offline_data or args.source_run),
+    require(not (args.restart and args.generate_in == "env"), "--restart is for --generate-in model alone")
+    require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
+    require(args.prior or not (args.offline_data or args.source_run),
          "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
 
 
@@ -178,10 +178,10 @@ def build(args, run_dir):
     run.target = side(None, args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
                           args.alpha if args.alpha_rule == "fixed" else None)
-    run.prior = run.source = run.model = run.explorer = None
+    run.offline_data = run.source = run.model = run.explorer = None
     env = run.target.env
     if args.offline_data:
-        run.prior = load_dataset(args.offline_data, args.device, **env.shapes)
+        run.offline_data = load_dataset(args.offline_data, args.device, **env.shapes)
         run.phase = "pretrain"
     elif args.prior:
         run.source = side(args.source, args.source_steps, 1)
@@ -191,7 +191,7 @@ def build(args, run_dir):
                                fit_dtype=args.update_dtype, compile=args.compile).to(args.device)
         rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
         size = rounds * args.imagined_trajectories * args.imagined_length + args.keep_source_data * args.source_steps
-        run.prior = ReplayBuffer(size, args.device, **env.shapes)
+        run.offline_data = ReplayBuffer(size, args.device, **env.shapes)
         run.explorer = planner(run, args.collect_penalty_coef)
     return run
 
@@ -222,8 +222,8 @@ def state_dict(run):
             state[name].update({key: getattr(side, key) for key in SIDE_VALUES})
     if run.model is not None:
         state["model"], state["explorer"] = run.model.state_dict(), run.explorer.state_dict()
-    if run.prior is not None:
-        state["prior"] = run.prior.state_dict()
+    if run.offline_data is not None:
+        state["prior"] = run.offline_data.state_dict()
     return state
 
 
@@ -235,7 +235,7 @@ def load_side(side, state):
 
 
 def load_state_dict(run, state):
-    with fitting("the checkpoint", "these flags"):
+    with must_fit("the checkpoint", "these flags"):
         for name in RUN_VALUES:
             setattr(run, name, state[name])
         for name in ("source", "target"):
@@ -258,7 +258,7 @@ def reuse_source(run, source_run):
     if differ:
         raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
     state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
-    with fitting(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
+    with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
     run.holdout_mse, run.phase = state["holdout_mse"], "generate"
@@ -277,8 +277,8 @@ def report(run, name, info):
                model_holdout_mse=run.holdout_mse)
     if name == "target":
         row["td_error"] = run.mix.td_error
-        if run.prior is not None:
-            row.update(alpha=run.mix.alpha, prior_size=run.prior.size, acceptance=run.acceptance)
+        if run.offline_data is not None:
+            row.update(alpha=run.mix.alpha, offline_size=run.offline_data.size, acceptance=run.acceptance)
             text += f", alpha {run.mix.alpha:.2f}"
     run.log.row(row)
     run.log.live(name, side.step, vars(run.args)[f"{name}_steps"], text, force=True)
@@ -289,7 +289,7 @@ def learn(run, name):
     """Online learning in one task: act, store, update on the mix; in the target task with refit rounds."""
     args, side, steps = run.args, getattr(run, name), vars(run.args)[f"{name}_steps"]
     env, agent, buffer = side.env, side.agent, side.buffer
-    prior = run.prior if name == "target" else None
+    offline = run.offline_data if name == "target" else None
     run.log.pace, text, info = (time.time(), side.step), "", {}
     while side.step < steps:
         if run.interrupted:
@@ -298,8 +298,8 @@ def learn(run, name):
         if env.obs is None:
             start_episode(run, name)
         obs = env.obs
-        warm = prior is None and side.step < args.random_steps
-        if warm:
+        acts_randomly = offline is None and side.step < args.random_steps
+        if acts_randomly:
             action = run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32)
         elif side.planned:
             action = run.explorer.act(torch.as_tensor(obs, device=args.device)[None])[0].cpu().numpy()
@@ -307,12 +307,12 @@ def learn(run, name):
             action = agent.act(obs).cpu().numpy()
         store_step(env, buffer, action)
         side.step += 1
-        if not warm:
-            info = update(run, side, prior)
+        if not acts_randomly:
+            info = update(run, side, offline)
         if name == "source" and args.snapshot_window and env.obs is None and (
                 side.step >= args.random_steps + args.snapshot_window):
             keep_best(run)
-        if name == "target" and prior is not None and not args.offline_data and args.refit_every and (
+        if name == "target" and offline is not None and not args.offline_data and args.refit_every and (
                 side.step % args.refit_every == 0 and side.step < steps):
             began = time.time()
             fit(run, args.refit_epochs)
@@ -357,11 +357,11 @@ def start_episode(run, name):
         run.explorer.reset()
 
 
-def update(run, side, prior):
+def update(run, side, offline):
     """UTD critic updates and one actor update on a batch of the mix; stops the run when the loss is not finite."""
     args = run.args
-    batch, n_prior = mixed_batch(prior, side.buffer, run.mix.alpha, args.batch_size, args.utd)
-    info = side.agent.update(batch, n_prior)
+    batch, n_offline = mixed_batch(offline, side.buffer, run.mix.alpha, args.batch_size, args.utd)
+    info = side.agent.update(batch, n_offline)
     side.updates += args.utd
     stop_if_not_finite(run, info["critic_loss"] + info["actor_loss"], side.updates, state_dict)
     if side is run.target:
@@ -376,7 +376,7 @@ def fit(run, epochs):
     parts = [run.target.buffer.filled(), run.source.buffer.filled()]
     if args.refit_on_imagined:
         first = run.source.buffer.size if args.keep_source_data else 0  # the rows before it are the source's
-        parts.append({key: values[first:] for key, values in run.prior.filled().items()})
+        parts.append({key: values[first:] for key, values in run.offline_data.filled().items()})
     keys, began = ("obs", "action", "next_obs", "features"), time.time()
     columns = {key: torch.cat([part[key] for part in parts]) for key in keys}
     result = run.model.fit(**columns, lr=args.model_lr, batch_size=args.model_batch_size, max_epochs=epochs)
@@ -432,23 +432,23 @@ def generate(run):
         run.thresholds = [f if g is None else g for f, g in zip(found, given)]
     try:
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
-        if args.keep_source_data and run.prior.size == 0:
+        if args.keep_source_data and run.offline_data.size == 0:
             # Deviation: section 4.3's D_S is imagined alone; the real data show what no filtered trajectory does, falls
-            run.prior.add(**relabel(source.buffer.filled(), run.target.env.task.reward))
-        run.prior.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
+            run.offline_data.add(**relabel(source.buffer.filled(), run.target.env.task.reward))
+        run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
         run.acceptance = passed.float().mean().item()
     except ValueError as error:
-        if run.prior.size == 0:
+        if run.offline_data.size == 0:
             raise
         run.acceptance = 0.0  # a later round that adds nothing leaves D_S as it is
         run.log.note(f"D_S     {error}")
-    data = run.prior.filled()
-    for rows in torch.arange(run.prior.size, device=device).split(8192):
+    data = run.offline_data.filled()
+    for rows in torch.arange(run.offline_data.size, device=device).split(8192):
         data["uncertainty"][rows] = model.uncertainty(data["obs"][rows], data["action"][rows])
-    save_dataset(run.prior, run.dir / "dataset.npz")
+    save_dataset(run.offline_data, run.dir / "dataset.npz")
     run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, "
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
-                 f"{run.prior.size:,} transitions, {time.time() - began:.0f} s")
+                 f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -486,7 +486,7 @@ def train(args):
     if run.phase == "pretrain":
         save(run.dir / "checkpoint.pt", state_dict(run))
         for _ in range(math.ceil(args.pretrain_updates / args.utd)):
-            update(run, run.target, run.prior)
+            update(run, run.target, run.offline_data)
         run.phase = "target"
     if run.phase == "target":  # 3. learn the target task, with refit rounds
         learn(run, "target")

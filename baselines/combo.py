@@ -39,7 +39,7 @@ def build_parser():
 
 
 def check(args):
-    common.need(round(args.real_ratio * args.batch_size) > 0,
+    common.require(round(args.real_ratio * args.batch_size) > 0,
                 f"--real-ratio {args.real_ratio} leaves no data in a batch")
 
 

@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 from agent import ReplayBuffer
-from run import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fitting, load,
-                 load_dataset, load_log_and_generators, log_and_generators, need, new_parser, nonnegative, open_run,
-                 positive, read_config, read_flags, run_program, save, save_dataset, share, show, source_quantities,
+from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, must_fit, load,
+                 load_dataset, load_log_and_generators, log_and_generators, require, new_parser, nonnegative, open_run,
+                 positive, read_config, read_flags, run_program, save, save_dataset, fraction, show, source_quantities,
                  stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv
 
@@ -67,8 +67,8 @@ def agent_flags(parser, title, **defaults):
     known = {"batch_size": (count, "transitions per update"), "hidden": (count, "width of a hidden layer"),
              "layers": (count, "hidden layers"), "lr": (positive, "learning rate of every network"),
              "actor_lr": (positive, "learning rate of the actor"),
-             "critic_lr": (positive, "learning rate of the critics"), "discount": (share, "gamma"),
-             "polyak": (share, "rate of the target networks"),
+             "critic_lr": (positive, "learning rate of the critics"), "discount": (fraction, "gamma"),
+             "polyak": (fraction, "rate of the target networks"),
              "init_temperature": (positive, "of SAC's entropy term"),
              "target_entropy": (float, "nats (default: -action dimension)"),
              "random_steps": (amount, "uniform actions, without learning, at the start")}
@@ -80,8 +80,8 @@ def agent_flags(parser, title, **defaults):
 
 
 def check_data(args):
-    need(args.dataset or args.evaluate, "--dataset FILE.npz is required")
-    need(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
+    require(args.dataset or args.evaluate, "--dataset FILE.npz is required")
+    require(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
 
 
 # ------------------------------------------------------------------------------------------------------------- set-up
@@ -93,7 +93,7 @@ def read_dataset(args, env):
     data["uncertainty"].zero_()  # it is WOMBET's; to these methods all data is real
     if args.source_rewards:
         task = TaskEnv(args.env, args.source, **source_quantities(args)).task
-        need(not task.FEATURES or data["features"].any(),
+        require(not task.FEATURES or data["features"].any(),
              f"{args.dataset} lacks {', '.join(task.FEATURES)} (features), which the source's reward needs")
         data["reward"] = task.reward(data["obs"], data["action"], data["next_obs"], data["features"])
     buffer = ReplayBuffer(len(data["obs"]) + args.online_steps, args.device, **env.shapes)
@@ -134,7 +134,7 @@ def state_dict(run):
 
 
 def load_state_dict(run, state):
-    with fitting("the checkpoint", "these flags"):
+    with must_fit("the checkpoint", "these flags"):
         run.phase, run.step, run.info, run.dataset_size = (state[k] for k in ("phase", "step", "info", "dataset_size"))
         run.agent.load_state_dict(state["agent"])
         if not run.args.evaluate:
@@ -151,7 +151,7 @@ def report(run, phase):
     """Evaluates the policy: one row of progress.csv; returns what the live line says of it."""
     row, text = evaluation_row(run.agent, run.evaluation)
     row.update({key: float(value) for key, value in run.info.items() if key in COLUMNS}, phase=phase,
-               updates=run.agent.updates, env_steps=run.step, source_steps=0, prior_size=run.dataset_size or "")
+               updates=run.agent.updates, env_steps=run.step, source_steps=0, offline_size=run.dataset_size or "")
     run.log.row(row)
     return text
 
@@ -193,14 +193,14 @@ def online(run, steps):
     while run.step < steps:
         stop_if_interrupted(run)
         obs = env.reset() if env.obs is None else env.obs
-        warm = run.step < run.random_steps
-        if warm:
+        acts_randomly = run.step < run.random_steps
+        if acts_randomly:
             action = run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32)
         else:
             action = agent.act(obs).cpu().numpy()
         store_step(env, buffer, action)
         run.step += 1
-        if not warm:
+        if not acts_randomly:
             learn(run)
         marked = run.step % args.eval_every == 0 or run.step == steps
         if marked:

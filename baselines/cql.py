@@ -42,11 +42,11 @@ class CQL(DelayedSAC):
         q = self.critic(obs.expand(3 * n, -1, -1).flatten(0, 1), actions.flatten(0, 1)).view(-1, 3 * n, rows)
         return (q - log_prob).logsumexp(1) - math.log(3 * n)
 
-    def update_critic(self, part, n_prior):
-        """One step of the critics on {key: (B, ...)}, of which the first n_prior rows are data."""
+    def update_critic(self, part, n_offline):
+        """One step of the critics on {key: (B, ...)}, of which the first n_offline rows are data."""
         y = self.target(part)
         q = self.critic(part["obs"], part["action"])
-        gap = self.log_integral(part["obs"], part["next_obs"]).mean(1) - q[:, :n_prior].mean(1)
+        gap = self.log_integral(part["obs"], part["next_obs"]).mean(1) - q[:, :n_offline].mean(1)
         critic_loss = ((q - y).square().mean(1) + self.cql_alpha * gap).sum()
         self.step_critic(torch.autograd.grad(critic_loss, self.critic_parameters))
         return {"critic_loss": critic_loss.detach() / self.n_critics, "q_mean": q.detach().mean(),

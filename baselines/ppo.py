@@ -193,7 +193,7 @@ def build_parser():
 
 
 def check(args):
-    common.need(args.minibatches <= args.rollout_steps,
+    common.require(args.minibatches <= args.rollout_steps,
                 f"--minibatches {args.minibatches} is above --rollout-steps {args.rollout_steps}")
 
 

@@ -36,10 +36,10 @@ class DelayedSAC(SAC):
     def learn(self, buffer):
         return self.learn_from(buffer.sample(self.batch_size))
 
-    def learn_from(self, batch, n_prior=0):
+    def learn_from(self, batch, n_offline=0):
         """One critic step, and in every `policy_delay`-th call as many actor and temperature steps; of the batch's rows
-        the first n_prior are from a dataset."""
-        info = self.update_critic(self.backup(batch), n_prior)
+        the first n_offline are from a dataset."""
+        info = self.update_critic(self.backup(batch), n_offline)
         self.updates += 1
         if self.updates % self.policy_delay == 0:
             for _ in range(self.policy_delay):

@@ -113,7 +113,7 @@ def prepare(o):
     loop(wombet, run, "source", args.random_steps)  # random actions: real transitions at little cost
     keys = ("obs", "action", "next_obs", "features")
     run.model.fit(*(run.source.buffer.filled()[key] for key in keys), max_epochs=1)
-    for buffer in (run.prior, run.target.buffer, run.source.buffer):
+    for buffer in (run.offline_data, run.target.buffer, run.source.buffer):
         buffer.add(**run.source.buffer.sample(buffer.capacity))
     return run
 
@@ -141,7 +141,7 @@ def rlpd_step(o, critics, min_critics, batch, layer_norm=True, actor_updates=1):
 
     def call():
         for _ in range(actor_updates):
-            agent.update(*mixed_batch(o.run.prior, o.run.target.buffer, 0.5, batch, o.utd // actor_updates))
+            agent.update(*mixed_batch(o.run.offline_data, o.run.target.buffer, 0.5, batch, o.utd // actor_updates))
 
     return rlpd_gflop(critics, min_critics, batch, o.utd, o.hidden, actor_updates), call
 
@@ -271,7 +271,7 @@ def scaling_rows(o):
         yield Work("imagined trajectories", n, *default_plan(o, n, 5))
     for size in values(1000, 10_000, 100_000, 1_000_000):
         buffer = ReplayBuffer(size, o.device, **o.run.target.env.shapes)
-        buffer.add(**o.run.prior.sample(size))
+        buffer.add(**o.run.offline_data.sample(size))
         yield Work("buffer size", size, 0, functools.partial(mixed_batch, buffer, buffer, 0.5, o.batch, o.utd))
 
 
@@ -432,8 +432,8 @@ def serve(pipe, root, who, tuned, rows, o):
         os.chdir(o.folder)  # MuJoCo logs to the working directory
         if tuned:
             try:
-                from run import keep_freed_memory
-            except ImportError:  # a revision that had no run.py
+                from harness import keep_freed_memory
+            except ImportError:  # a revision that had no harness.py
                 from wombet import keep_freed_memory
 
             keep_freed_memory()

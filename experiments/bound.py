@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 import wombet  # noqa: E402
 from mpc import MPC  # noqa: E402
 from plot import STYLE, new_figure, style  # noqa: E402
-from run import count, read_config  # noqa: E402
+from harness import count, read_config  # noqa: E402
 from tasks import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}

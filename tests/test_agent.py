@@ -109,11 +109,11 @@ def test_minimum_over_a_random_subset():
 
 
 def test_td_error_is_of_target_rows_before_the_updates():
-    """|mean_i Q_i - y| over the rows after the first n_prior of every slice; NaN where there are none."""
+    """|mean_i Q_i - y| over the rows after the first n_offline of every slice; NaN where there are none."""
     sac = SAC(3, 2, hidden=(8,), lr=0.0)
     constant(sac.critic, [-1.0, 5.0])
     reward = torch.tensor([[900.0, 900.0, 1.0, 5.0], [900.0, 900.0, 0.0, 0.0]])
-    td_error = lambda n_prior: sac.update(make_batch(2, 4, reward=reward, terminated=1.0), n_prior)["td_error"].item()
+    td_error = lambda n_offline: sac.update(make_batch(2, 4, reward=reward, terminated=1.0), n_offline)["td_error"].item()
     assert td_error(2) == pytest.approx(((1 + 3) / 2 + 2) / 2)
     assert td_error(0) > 400 and math.isnan(td_error(4))
 
@@ -292,12 +292,12 @@ def marked(capacity, *values):
     return buffer
 
 
-@pytest.mark.parametrize("alpha, n_prior", [(0.0, 0), (0.3, 3), (0.5, 5), (0.999, 10), (1.0, 10)])
-def test_mixed_batch_holds_the_share_in_every_slice(alpha, n_prior):
+@pytest.mark.parametrize("alpha, n_offline", [(0.0, 0), (0.3, 3), (0.5, 5), (0.999, 10), (1.0, 10)])
+def test_mixed_batch_holds_the_share_in_every_slice(alpha, n_offline):
     prior, online = marked(20, *range(1, 16)), marked(20, *range(101, 116))
     batch, found = mixed_batch(prior, online, alpha, 10, 50)
-    assert found == n_prior and batch["obs"].shape == (50, 10, 2) and batch["reward"].shape == (50, 10)
-    assert (batch["reward"][:, :n_prior] < 100).all() and (batch["reward"][:, n_prior:] > 100).all()
+    assert found == n_offline and batch["obs"].shape == (50, 10, 2) and batch["reward"].shape == (50, 10)
+    assert (batch["reward"][:, :n_offline] < 100).all() and (batch["reward"][:, n_offline:] > 100).all()
     assert torch.equal(batch["obs"], torch.stack([batch["reward"], -batch["reward"]], -1))  # rows stay whole
     assert len({tuple(row) for row in batch["reward"].tolist()}) == 50  # each slice is drawn anew
 
@@ -305,10 +305,10 @@ def test_mixed_batch_holds_the_share_in_every_slice(alpha, n_prior):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_mixed_batch_without_one_side(alpha):
     some, empty = marked(9, 1, 2, 3), marked(9)
-    batch, n_prior = mixed_batch(some, empty, alpha, 8, 2)
-    assert n_prior == 8 and batch["reward"].min() >= 1
-    batch, n_prior = mixed_batch(None, some, alpha, 8, 2)
-    assert n_prior == 0 and batch["reward"].shape == (2, 8) and batch["reward"].min() >= 1
+    batch, n_offline = mixed_batch(some, empty, alpha, 8, 2)
+    assert n_offline == 8 and batch["reward"].min() >= 1
+    batch, n_offline = mixed_batch(None, some, alpha, 8, 2)
+    assert n_offline == 0 and batch["reward"].shape == (2, 8) and batch["reward"].min() >= 1
 
 
 def test_buffer_wraps_around_and_samples_what_is_filled():

@@ -24,7 +24,7 @@ from ppo import PPO, RunningMoments, advantages, clipped_objective, clipped_valu
 from sac import DelayedSAC
 from tasks import TaskEnv
 from td3 import TD3
-from run import COLUMNS
+from harness import COLUMNS
 from world_model import WorldModel
 
 ONLINE, OFFLINE = ("sac", "td3", "ppo"), ("bc", "iql", "awac", "cql", "mopo", "combo")
@@ -382,7 +382,7 @@ def test_a_run_leaves_what_wombet_leaves_and_plays(whole, method, capsys):
     else:
         assert marks == [("offline", "0"), ("offline", "0"), ("target", "0"), ("target", "40"), ("target", "50")]
         assert [r["updates"] for r in table] == ["40", "60", "60", "100", "110"]
-        assert table[2]["return_mean"] == table[1]["return_mean"] and table[0]["prior_size"] == "300"
+        assert table[2]["return_mean"] == table[1]["return_mean"] and table[0]["offline_size"] == "300"
     assert json.loads((folder / "config.json").read_text())["flags"]["env"] == "Hopper-v4"
     capsys.readouterr()
     assert importlib.import_module(method).main(["--evaluate", str(folder)]) == 0
@@ -438,7 +438,7 @@ def test_a_d4rl_file_with_five_keys_trains_bc(dataset, tmp_path, capsys):
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     np.savez(tmp_path / "five.npz", **{name: data[name] for name in names})
     code, folder = run("bc", tmp_path, tmp_path / "five.npz", "--online-steps", "0")
-    assert code == 0 and rows(folder)[-1]["prior_size"] == "300"
+    assert code == 0 and rows(folder)[-1]["offline_size"] == "300"
     # the source's reward needs the velocity, which is not among the five
     assert run("bc", tmp_path, tmp_path / "five.npz", "--source-rewards", name="b")[0] == 2
     assert "lacks x_velocity" in capsys.readouterr().err

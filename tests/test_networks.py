@@ -29,7 +29,7 @@ def test_bound_of_eq_8(layer_norm):
     largest = []
     for scale in (1.0, 1e2, 1e4, 1e6):
         obs, action = scale * torch.randn(500, 5), torch.rand(500, 2) * 2 - 1
-        q, psi = critic(obs, action), critic.features(obs, action)
+        q, psi = critic(obs, action), critic.last_hidden(obs, action)
         assert q.shape == (4, 500) and psi.shape == (4, 500, 32) and (psi >= 0).all()
         assert ((q - b).abs() <= w * psi.norm(dim=-1) * (1 + 1e-4) + 1e-4).all()
         assert limit is None or (q.abs() <= limit).all()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import plot
-from run import COLUMNS
+from harness import COLUMNS
 
 NAN = math.nan
 

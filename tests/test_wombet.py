@@ -15,7 +15,7 @@ import torch
 import tasks
 import wombet
 from agent import ReplayBuffer
-from run import COLUMNS, recent_return
+from harness import COLUMNS, recent_return
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
           --random-steps 60 --snapshot-window 40 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2
@@ -57,7 +57,7 @@ def test_a_run_leaves_what_the_readme_says(base, capsys):
 
     data = np.load(base / "dataset.npz")
     n = len(data["rewards"])
-    assert n == int(table[-1]["prior_size"]) > 0
+    assert n == int(table[-1]["offline_size"]) > 0
     assert {key: data[key].shape for key in data} == {
         "observations": (n, 11), "actions": (n, 3), "rewards": (n,), "next_observations": (n, 11), "terminals": (n,),
         "timeouts": (n,), "uncertainty": (n,), "features": (n, 1)}
@@ -137,10 +137,10 @@ for _ in range(1000):
     wombet.torch.manual_seed(0)
     run.target.buffer.add(**{k: wombet.torch.rand(1000, *v.shape[1:]) for k, v in run.target.buffer.data.items()})
 run.source.buffer.add(**run.target.buffer.sample(20_000))
-run.prior.add(**run.target.buffer.sample(200_000))
+run.offline_data.add(**run.target.buffer.sample(200_000))
 before = peak()
 for _ in range(20):
-    wombet.update(run, run.target, run.prior)
+    wombet.update(run, run.target, run.offline_data)
 print(before, peak() - before)
 wombet.fit(run, 1)
 wombet.save(run.dir / "checkpoint.pt", wombet.state_dict(run))
@@ -227,7 +227,7 @@ def test_target_flags(base, tmp_path, flags):
     if "none" in flags or "-1000" in flags:  # all pass but those without a single trusted step
         assert all(float(r["acceptance"]) >= 0.75 for r in ours[3:]) and float(theirs[-1]["acceptance"]) < 0.75
     if "--refit-every" in flags:
-        assert len({r["prior_size"] for r in ours[3:]}) == 1
+        assert len({r["offline_size"] for r in ours[3:]}) == 1
     if "--pretrain-updates" in flags:
         assert int(ours[-1]["updates"]) == int(theirs[-1]["updates"]) + 10
     if "env" in flags:
@@ -277,7 +277,7 @@ def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, w
 def test_restarts_let_every_planned_step_count(base, tmp_path):
     flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60",
              "--trust-percentile", "60", "--no-keep-source-data"]
-    sizes = [int(rows(run(tmp_path, *flags, *more, name=f"n{len(more)}")[1])[-1]["prior_size"])
+    sizes = [int(rows(run(tmp_path, *flags, *more, name=f"n{len(more)}")[1])[-1]["offline_size"])
              for more in ([], ["--restart"])]
     assert 80 >= sizes[1] > sizes[0]  # 8 places of 10 steps
 
@@ -295,7 +295,7 @@ def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
     flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60",
              "--no-keep-source-data"]
     runs = [run(tmp_path, *flags, "--trust-percentile", p, name=p)[1] for p in ("0", "60")]
-    sizes = [int(rows(folder)[-1]["prior_size"]) for folder in runs]
+    sizes = [int(rows(folder)[-1]["offline_size"]) for folder in runs]
     assert sizes[0] > 70 > sizes[1]  # 8 trajectories of 10 steps; few terminate
 
 
@@ -311,7 +311,7 @@ def test_without_prior_there_is_no_source_and_no_data(tmp_path):
     code, folder = run(tmp_path, "--no-prior")
     assert code == 0 and not (folder / "dataset.npz").exists()
     for row in rows(folder):
-        assert (row["phase"], row["source_steps"], row["alpha"], row["prior_size"]) == ("target", "0", "", "")
+        assert (row["phase"], row["source_steps"], row["alpha"], row["offline_size"]) == ("target", "0", "", "")
 
 
 def test_offline_data_instead_of_a_source(base, tmp_path):
@@ -322,7 +322,7 @@ def test_offline_data_instead_of_a_source(base, tmp_path):
     for name, file in (("own", base / "dataset.npz"), ("five", tmp_path / "five.npz")):
         code, folder = run(tmp_path, "--offline-data", file, name=name)
         assert code == 0
-        assert {(r["phase"], r["source_steps"], r["prior_size"]) for r in rows(folder)} == {
+        assert {(r["phase"], r["source_steps"], r["offline_size"]) for r in rows(folder)} == {
             ("target", "0", str(len(data["rewards"])))}
         # the penalty needs u, which the five keys lack
     assert rows(tmp_path / "Hopper-v4__own__0") != rows(tmp_path / "Hopper-v4__five__0")
@@ -434,11 +434,11 @@ def test_misfits_are_refused(base, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     original, count = wombet.SAC.update, [0]
 
-    def poisoned(agent, batch, n_prior=0):
+    def poisoned(agent, batch, n_offline=0):
         count[0] += 1
         if count[0] == 80:
             batch["reward"] = batch["reward"] * float("nan")
-        return original(agent, batch, n_prior)
+        return original(agent, batch, n_offline)
 
     monkeypatch.setattr(wombet.SAC, "update", poisoned)
     code, folder = run(tmp_path, "--no-prior", "--target-steps", "300")

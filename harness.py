@@ -26,7 +26,7 @@ from agent import ReplayBuffer
 from tasks import evaluate
 
 COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
-           "alpha", "td_error", "q_mean", "temperature", "prior_size", "acceptance", "model_holdout_mse")
+           "alpha", "td_error", "q_mean", "temperature", "offline_size", "acceptance", "model_holdout_mse")
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -47,7 +47,7 @@ def number(kind, words, low, high=math.inf):
 
 count, amount = number(int, "whole number above zero", 1), number(int, "whole number from zero", 0)
 positive, nonnegative = number(float, "number above zero", 1e-12), number(float, "number from zero", 0)
-share, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number in [0, 100]", 0, 100)
+fraction, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number in [0, 100]", 0, 100)
 
 SWITCH = {"action": argparse.BooleanOptionalAction}
 
@@ -108,12 +108,12 @@ def read_flags(argv, parser, check):
         torch.empty(1, device=args.device)
     except Exception as error:
         raise ValueError(f"--device {args.device} is not there: {str(error).splitlines()[0]}") from None
-    need(not (args.gif and not args.evaluate), "--gif draws an evaluation: give --evaluate RUN_DIR too")
+    require(not (args.gif and not args.evaluate), "--gif draws an evaluation: give --evaluate RUN_DIR too")
     check(args)
     return args
 
 
-def need(ok, message):
+def require(ok, message):
     if not ok:
         raise ValueError(message)
 
@@ -126,7 +126,7 @@ def open_run(args, program):
     if args.resume:
         return Path(args.resume), load(Path(args.resume) / "checkpoint.pt", args.device, program)
     run_dir = Path(args.out) / f"{args.env}__{args.name}__{args.seed}"
-    need(not run_dir.exists(), f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name")
+    require(not run_dir.exists(), f"{run_dir} exists: continue it with --resume {run_dir}, or choose another --name")
     return run_dir, None
 
 
@@ -172,7 +172,7 @@ def load(path, device, program):
 
 
 @contextlib.contextmanager
-def fitting(what, there):
+def must_fit(what, there):
     """What does not load from a checkpoint is bad input: ValueError, `what` does not fit `there`."""
     try:
         yield
