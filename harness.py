@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,10 @@ import numpy as np
 import torch
 
 from agent import ReplayBuffer
-from tasks import evaluate
+from tasks import evaluate, first_observations
 
 COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
-           "alpha", "td_error", "q_mean", "temperature", "offline_size", "acceptance", "model_holdout_mse")
+           "alpha", "td_error", "q_mean", "q_error", "temperature", "offline_size", "acceptance", "model_holdout_mse")
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -71,9 +72,9 @@ def new_parser(doc, name, source=True):
     g.add_argument("--name", default=name, help="second part of the run folder's name; plots group by it")
     g.add_argument("--out", default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
-    threads = min(2, os.cpu_count())  # beyond two the products are too small; of two runs at once each wants one
-    g.add_argument("--threads", type=count, default=threads, help="CPU threads; 1 each for as many runs as cores")
-    g.add_argument("--precision", default="highest", choices=("highest", "high", "medium"), help="of float32 products")
+    g.add_argument("--threads", type=count, default=1, help="CPU threads; more gain little, and lose on a busy machine")
+    g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; auto: "
+                   "what this machine has, in runs that are long enough to gain by it")
     g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
     g.add_argument("--resume", metavar="RUN_DIR", help="continue that run, with its flags unless given anew here")
     g.add_argument("--evaluate", metavar="RUN_DIR", help="only play that run's policy, and print its return")
@@ -110,7 +111,24 @@ def read_flags(argv, parser, check):
         raise ValueError(f"--device {args.device} is not there: {str(error).splitlines()[0]}") from None
     require(not (args.gif and not args.evaluate), "--gif draws an evaluation: give --evaluate RUN_DIR too")
     check(args)
+    args.speed = speed_settings(args)
     return args
+
+
+def speed_settings(args):
+    """What --fast stands for here: {"compile": bool, "dtype": of products in learning and planning, "precision": of
+    float32 products}."""
+    if args.fast == "off":
+        return {"compile": False, "dtype": "float32", "precision": "highest"}
+    if args.device.startswith("cuda"):
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bfloat16 = args.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    steps = sum(value for key, value in vars(args).items() if key in ("source_steps", "target_steps"))
+    pays = compiler is not None and steps >= 20_000  # compiling takes a minute or so
+    return {"compile": args.fast == "on" or pays, "dtype": "bfloat16" if args.fast == "on" or bfloat16 else "float32",
+            "precision": "medium"}
 
 
 def require(ok, message):
@@ -144,8 +162,8 @@ def write_config(run_dir, args):
     commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
                             capture_output=True, text=True).stdout.strip()
     packages = ("torch", "gymnasium", "mujoco", "numpy")
-    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "evaluate", "gif")}
-    config = {"flags": flags, "commit": commit or None, "command": " ".join(sys.argv),
+    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "evaluate", "gif", "speed")}
+    config = {"flags": flags, "speed": args.speed, "commit": commit or None, "command": " ".join(sys.argv),
               "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
               "machine": {"platform": platform.platform(), "cpus": os.cpu_count()}}
     (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -329,9 +347,14 @@ def stop_if_not_finite(run, loss, updates, state_dict):
 
 def evaluation_row(agent, envs, frames=None):
     """Plays an episode of the deterministic policy in each of envs: what progress.csv and the live line say of it."""
-    returns, lengths = evaluate(lambda obs: agent.act(obs, deterministic=True), envs, frames)
+    act = lambda obs: agent.act(obs, deterministic=True)
+    critical = hasattr(agent, "q_value")
+    returns, lengths, discounted = evaluate(act, envs, frames, agent.discount if critical else 1.0)
     row = {"return_mean": float(returns.mean()), "return_std": float(returns.std()),
            "length_mean": float(lengths.mean())}
+    if critical:  # the left side of eq. 10, at the episodes' first states; past a time limit the return goes on unseen
+        starts = torch.as_tensor(first_observations(envs), device=agent.device)
+        row["q_error"] = float(agent.q_value(starts, act(starts)).cpu().numpy().mean() - discounted.mean())
     return row, f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
 
 
@@ -366,7 +389,7 @@ def run_program(program, parse, train, play):
     try:
         args = parse()
         torch.set_num_threads(args.threads)
-        torch.set_float32_matmul_precision(args.precision)
+        torch.set_float32_matmul_precision(args.speed["precision"])
         keep_freed_memory()
         play(args) if args.evaluate else train(args)
     except (ValueError, FloatingPointError) as error:

@@ -282,26 +282,34 @@ class TaskEnv:
 EVALUATION_SEED = 1_000_000  # evaluation episode i starts from seed EVALUATION_SEED + i, in every run
 
 
-def evaluate(act, envs, frames=None):
-    """One episode in each environment, in lockstep: undiscounted returns and lengths, (n,) each.
-
-    act: obs (m, d) array -> action (m, A) tensor. frames: a list that takes the first episode's pictures.
-    """
+def first_observations(envs):
+    """Starts the evaluation's episode in each environment: (n, obs_dim)."""
     for i, env in enumerate(envs):
         env.seed(EVALUATION_SEED + i)
         env.reset()
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
+    return np.stack([env.obs for env in envs])
+
+
+def evaluate(act, envs, frames=None, discount=1.0):
+    """One episode in each environment, in lockstep: undiscounted returns, lengths and discounted returns, (n,) each.
+
+    act: obs (m, d) array -> action (m, A) tensor. frames: a list that takes the first episode's pictures.
+    """
+    first_observations(envs)
+    returns, discounted, lengths = np.zeros(len(envs)), np.zeros(len(envs)), np.zeros(len(envs), dtype=int)
+    running = list(range(len(envs)))
     while running:
         actions = act(np.stack([envs[i].obs for i in running])).cpu().numpy()
         for i, action in zip(list(running), actions):
             _, reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
+            discounted[i] += discount ** int(lengths[i]) * reward
             lengths[i] += 1
             if frames is not None and i == 0:
                 frames.append(envs[0].env.render())
             if terminated or truncated:
                 running.remove(i)
-    return returns, lengths
+    return returns, lengths, discounted
 
 
 def lockstep(envs, uncertainty):

@@ -39,7 +39,7 @@ class DelayedSAC(SAC):
     def learn_from(self, batch, n_offline=0):
         """One critic step, and in every `policy_delay`-th call as many actor and temperature steps; of the batch's rows
         the first n_offline are from a dataset."""
-        info = self.update_critic(self.backup(batch), n_offline)
+        info = self.update_critic(self.with_next_action(batch), n_offline)
         self.updates += 1
         if self.updates % self.policy_delay == 0:
             for _ in range(self.policy_delay):
