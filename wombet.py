@@ -146,6 +146,8 @@ PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", 
 
 def check_args(args):
     require(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
+    require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
+            f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
     require(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
     require(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
