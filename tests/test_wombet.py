@@ -574,7 +574,7 @@ def test_preset_paper(base, tmp_path):
     assert all(args[key] == {**wombet.PAPER, **given}.get(key) for key in {**wombet.PAPER, **given})
     plain = vars(wombet.parse_args([]))
     assert all(plain[key] != value for key, value in wombet.PAPER.items())  # each is a departure
-    assert run(tmp_path, "--preset", "paper", "--imagined-length", "16")[0] == 0
+    assert run(tmp_path, "--preset", "paper", "--imagined-length", "16", "--offline-capacity", "300")[0] == 0
 
 
 def test_help_names_every_flag_with_a_word_of_help():
