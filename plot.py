@@ -450,7 +450,7 @@ def write_csv(path, rows):
 
 def print_table(rows):
     """A header and rows of two words, a step, measures and a number of seeds, in columns."""
-    text = [rows[0], *((*row[:2], f"{row[2]:g}", *("-" if cell != cell else f"{cell:.2f}" for cell in row[3:-1]),
+    text = [rows[0], *((*row[:2], f"{row[2]:.0f}", *("-" if cell != cell else f"{cell:.2f}" for cell in row[3:-1]),
                         str(row[-1])) for row in rows[1:])]
     widths = [max(map(len, cells)) for cells in zip(*text)]
     for row in text:
@@ -460,8 +460,8 @@ def print_table(rows):
 def summarise(args):
     """Every number of the topics (folders of run folders) in or among args.folders -> rows, a header first.
 
-    WOMBET ("wombet", of the same topic or else of fig2) is compared with each other group: the probability of
-    improvement at the last mark of both, and the first step at which its mean is what the other's is at its last mark.
+    WOMBET is compared with every other group of a topic, and is fig2's where the topic has none; in the topic shift,
+    where each group has a source task of its own, with <group>-control and with fig2's scratch.
     """
     scale = args.normalise or "td3-1m"
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error"}
@@ -475,17 +475,19 @@ def summarise(args):
     rows = [("topic", "phase", "env", "method", "quantity", "step", *MEASURES, "seeds")]
     for (topic, phase), envs in found.items():
         for env, labels in envs.items():
-            for label, series in labels.items():
-                for column, (marks, group) in series.items():
-                    rows += [(topic, phase, env, label, columns[column], *numbers, min(map(len, group)))
-                             for numbers in zip(marks, *statistics(group))]
-            column = "normalised" if "+" in env else "return_mean"
-            ours = labels.get("wombet") or found.get(("fig2", "target"), {}).get(env, {}).get("wombet", {})
-            for label, series in labels.items() if phase == "target" and column in ours else ():
-                if label != "wombet" and column in series:
-                    rows += [(topic, phase, env, "wombet", f"{words} {label}", step, value, math.nan, math.nan, *ends,
-                              min(map(len, ours[column][1] + series[column][1])))
-                             for words, step, value, *ends in compare(ours[column], series[column])]
+            rows += [(topic, phase, env, label, columns[column], *numbers, min(map(len, group)))
+                     for label, series in labels.items() for column, (marks, group) in series.items()
+                     for numbers in zip(marks, *statistics(group))]
+            known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
+            pairs = [("wombet", label) for label in labels] if topic != "shift" else [
+                (label, rival) for label in labels for rival in (f"{label}-control", "scratch") if "-" not in label]
+            for name, rival in pairs:
+                column = "normalised" if "+" in env else "return_mean"
+                ours, theirs = known.get(name, {}).get(column), {**known, **labels}.get(rival, {}).get(column)
+                if ours and theirs and name != rival:
+                    rows += [(topic, phase, env, name, f"{words} {rival}@{mark:.0f}", step, value, math.nan, math.nan,
+                              *ends, min(map(len, ours[1] + theirs[1])))
+                             for words, mark, step, value, *ends in compare(ours, theirs, phase == "target")]
     if args.published:
         table = read_columns(args.published, PUBLISHED, PUBLISHED[:2])
         rows += [("published", "target", env, method, "return", step, mean, std, *3 * [math.nan], int(seeds))
@@ -493,17 +495,16 @@ def summarise(args):
     return rows
 
 
-def compare(ours, theirs):
-    """Two (marks (m,), group) -> (words, step, value, low, high) of each comparison; none without a common mark."""
+def compare(ours, theirs, same_steps):
+    """Two (marks (m,), group) -> (words, their mark, our mark, value, low, high) of each comparison: who is better at
+    the last mark of both (if they count the same steps) and at the last of each, and when we are where they end."""
     (marks, our_group), (their_marks, their_group) = ours, theirs
-    last = max(set(marks) & set(their_marks), default=None)
-    if last is not None:
-        at = [[values[:, x == last] for values in group] for x, group in (ours, theirs)]
-        yield "probability of improvement on", last, improvement(*at)[0], *interval(improvement, *at)[:, 0]
-    goal = [values[:, -1:] for values in their_group]
-    first = functools.partial(steps_to_reach, marks)
-    yield (f"steps to reach {their_marks[-1]:g} of", marks[-1], float(first(our_group, goal)),
-           *interval(first, our_group, goal))
+    common = sorted(set(marks) & set(their_marks))[-1:] if same_steps else []
+    for mine, other in dict.fromkeys([*zip(common, common), (marks[-1], their_marks[-1])]):
+        at = [x[:, marks == mine] for x in our_group], [x[:, their_marks == other] for x in their_group]
+        yield "probability of improvement on", other, mine, improvement(*at)[0], *interval(improvement, *at)[:, 0]
+    first, goal = functools.partial(steps_to_reach, marks), [values[:, -1:] for values in their_group]
+    yield "steps to reach", other, mine, float(first(our_group, goal)), *interval(first, our_group, goal)
 
 
 def write_gif(frames, path, size=240, milliseconds=40):

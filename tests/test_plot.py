@@ -383,6 +383,9 @@ def test_summary(tmp_path, published):
             write_run(tmp_path / "fig2", [0, 2500, 5000], [1, 5 + seed, 9 + seed], env, "wombet", seed,
                       q_error=[3, 2, 1])
             write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
+    write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="scratch")
+    for name in ("stand", "stand-control"):
+        write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
     write_run(tmp_path / "fig4", [10000], [5], name="iql", seed=1, phase="offline")
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
@@ -402,13 +405,23 @@ def test_summary(tmp_path, published):
     def compared(topic, env, words, step):
         return found[topic, "target", env, "wombet", words, step]
 
-    assert compared("fig2", "Hopper-v4", "probability of improvement on sac", "5000")[0] == "1"
+    assert compared("fig2", "Hopper-v4", "probability of improvement on sac@5000", "5000")[0] == "1"
+    assert compared("fig2", "Hopper-v4", "probability of improvement on sac@10000", "5000")[0] == "1"
+    assert compared("fig2", "HalfCheetah-v4+Hopper-v4", "probability of improvement on sac@5000", "5000")[3] == "1"
     # sac ends at 5.5, what wombet's mean is at 2,500; on HalfCheetah at 2.5, which one of 5 and 6 reaches too
-    assert compared("fig2", "Hopper-v4", "steps to reach 10000 of sac", "5000") == ["2500", "", "", "2500", "5000", "2"]
-    assert compared("fig2", "HalfCheetah-v4", "steps to reach 10000 of sac", "5000")[0] == "2500"
+    assert compared("fig2", "Hopper-v4", "steps to reach sac@10000", "5000") == ["2500", "", "", "2500", "5000", "2"]
+    assert compared("fig2", "HalfCheetah-v4", "steps to reach sac@10000", "5000")[0] == "2500"
     # fig4 has no wombet of its own: fig2's; it never reaches 20
-    assert compared("fig4", "Hopper-v4", "steps to reach 5000 of iql", "5000")[0] == "inf"
-    assert compared("fig4", "Hopper-v4", "probability of improvement on iql", "5000")[0] == "0"
+    assert compared("fig4", "Hopper-v4", "steps to reach iql@5000", "5000")[0] == "inf"
+    assert compared("fig4", "Hopper-v4", "probability of improvement on iql@5000", "5000")[0] == "0"
+    # offline it counts updates: the end against the end
+    offline = [key for key in found if key[1] == "offline" and "iql@" in key[4]]
+    assert [key[3:] for key in offline] == [("wombet", "probability of improvement on iql@10000", "5000"),
+                                            ("wombet", "steps to reach iql@10000", "5000")]
+    # with another source task each group has its own control
+    assert {key[3:5] for key in found if key[0] == "shift" and "probability" in key[4]} == {
+        ("stand", "probability of improvement on stand-control@5000"),
+        ("stand", "probability of improvement on scratch@5000")}
     before = (tmp_path / "summary.csv").read_text()
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
     assert (tmp_path / "summary.csv").read_text() == before
