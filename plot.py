@@ -78,7 +78,6 @@ def build_parser():
     parser.add_argument("--reference", nargs="+", default=[], metavar="METHOD[@STEPS]", help="curves, bars: a "
                         "horizontal line at that method's published mean return after so many environment steps; "
                         "curves, without @STEPS: its published curve, with its standard deviation")
-    parser.add_argument("--table", metavar="FILE", help="curves, bars: the printed table as CSV")
     return parser
 
 
@@ -442,16 +441,16 @@ def plot_model_error(args):
 
 def write_csv(path, rows):
     """Rows to a CSV file: floats with eight digits, nan as an empty cell."""
-    cells = [["" if x != x else f"{x:.8g}" if isinstance(x, float) else x for x in row] for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(cells)
+        csv.writer(file, lineterminator="\n").writerows(
+            ["" if x != x else f"{x:.8g}" if isinstance(x, float) else x for x in row] for row in rows)
 
 
 def print_table(rows):
     """A header and rows of two words, a step, measures and a number of seeds, in columns."""
-    text = [rows[0], *((*row[:2], f"{row[2]:.0f}", *("-" if cell != cell else f"{cell:.2f}" for cell in row[3:-1]),
-                        str(row[-1])) for row in rows[1:])]
+    text = [[str(x) if i > 7 or isinstance(x, str) else "-" if x != x else f"{x:.{0 if i == 2 else 2}f}"
+             for i, x in enumerate(row)] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*text)]
     for row in text:
         print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
@@ -536,7 +535,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         for flag, given, kinds in (("--names", args.names, ("model-error", *COLUMNS)), ("--line", args.line, ("bars",)),
-                                   ("--reference", args.reference, DRAWN), ("--table", args.table, DRAWN),
+                                   ("--reference", args.reference, DRAWN),
                                    ("--normalise", args.normalise, ("summary", *DRAWN))):
             if given and args.kind not in kinds:
                 raise ValueError(f"{flag} goes with --kind {' and '.join(kinds)} only")
@@ -545,8 +544,6 @@ def main(argv=None):
         summary = args.kind == "summary"
         out = Path(args.out or Path(args.folders[0]) / f"{args.kind}.{'csv' if summary else 'png'}")
         check_writable(out, (".csv",) if summary else (".png", ".pdf", ".svg"))
-        if args.table:
-            check_writable(Path(args.table), (".csv",))
         if summary:
             write_csv(out, summarise(args))
         else:
@@ -554,11 +551,7 @@ def main(argv=None):
                 fig, table = plot_model_error(args) if args.kind == "model-error" else plot_runs(args)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 fig.savefig(out, dpi=200)
-            if table:
-                table = [("env", "name", STEPS[args.phase], *MEASURES, "seeds"), *table]
-                print_table(table)
-                if args.table:
-                    write_csv(Path(args.table), table)
+            print_table([("env", "name", STEPS[args.phase], *MEASURES, "seeds"), *table] if table else [])
     except (ValueError, OSError, csv.Error) as error:
         print(f"plot.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -93,24 +93,27 @@ def test_curve_takes_its_phase_its_steps_and_the_later_of_two_rows():
     assert len(plot.curve(run, "q_error", "target")[0]) == 0  # of a run from before there was such a column
 
 
+def table(*flags):
+    return plot.plot_runs(plot.build_parser().parse_args([*map(str, flags)]))[1]
+
+
 @pytest.mark.parametrize("kind", ["curves", "bars"])
 def test_table(tmp_path, capsys, kind):
     write_run(tmp_path, [0, 2500, 5000], [1, 2, 3], seed=0)
     write_run(tmp_path, [0, 2500], [3, 6], seed=1)
     write_run(tmp_path, [0], [7.5], env="Ant-v4", name="b__c")
-    assert draw(tmp_path, "--kind", kind, "--table", tmp_path / "t" / "table.csv") == 0
-    table = read_table(tmp_path / "t" / "table.csv")
-    assert table[0] == ["env", "name", "env_steps", "mean", "std", "iqm", "low", "high", "seeds"]
-    rows = [[*row[:3], *(float(cell or NAN) for cell in row[3:])] for row in table[1:]]
-    expected = [["Ant-v4", "b__c", "0", 7.5, NAN, 7.5, NAN, NAN, 1],
-                ["Hopper-v4", "a", "0", 2, math.sqrt(2), 2, 1, 3, 2],
-                ["Hopper-v4", "a", "2500", 4, math.sqrt(8), 4, 2, 6, 2]]
+    rows = table(tmp_path, "--kind", kind)
+    expected = [["Ant-v4", "b__c", 0, 7.5, NAN, 7.5, NAN, NAN, 1],
+                ["Hopper-v4", "a", 0, 2, math.sqrt(2), 2, 1, 3, 2],
+                ["Hopper-v4", "a", 2500, 4, math.sqrt(8), 4, 2, 6, 2]]
     if kind == "bars":
         del expected[1]
-    assert [row[:3] for row in rows] == [row[:3] for row in expected]
-    np.testing.assert_allclose([row[3:] for row in rows], [row[3:] for row in expected])
+    assert [[*row[:2]] for row in rows] == [row[:2] for row in expected]
+    np.testing.assert_allclose([row[2:] for row in rows], [row[2:] for row in expected])
+    capsys.readouterr()
+    assert draw(tmp_path, "--kind", kind) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split() == table[0]
+    assert out.splitlines()[0].split() == ["env", "name", "env_steps", "mean", "std", "iqm", "low", "high", "seeds"]
     assert out.splitlines()[1].split() == ["Ant-v4", "b__c", "0", "7.50", "-", "7.50", "-", "-", "1"]
     assert out.splitlines()[-2].split() == ["Hopper-v4", "a", "2500", "4.00", "2.83", "4.00", "2.00", "6.00", "2"]
     assert err == "note: Hopper-v4 a ends at 2500 of 5000 steps, as its shortest seed\n"
@@ -119,10 +122,9 @@ def test_table(tmp_path, capsys, kind):
 
 def test_source_phase(tmp_path, capsys):
     write_run(tmp_path, [1000, 2000], [1, 2], phase="source")
-    assert draw(tmp_path, "--phase", "source", "--table", "table.csv") == 0
-    table = [row[2:4] for row in read_table("table.csv")]
-    assert table == [["source_steps", "mean"], ["1000", "1"], ["2000", "2"]]
-    capsys.readouterr()
+    assert draw(tmp_path, "--phase", "source") == 0
+    lines = [line.split()[2:4] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert lines == [["source_steps", "mean"], ["1000", "1.00"], ["2000", "2.00"]]
     assert draw(tmp_path) == 2  # it has no target rows yet
     assert_refused(capsys, "target")
 
@@ -130,16 +132,14 @@ def test_source_phase(tmp_path, capsys):
 @pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,\r\ntar", "\r\n"])
 def test_half_written_last_line(tmp_path, end):
     write_run(tmp_path, [0, 10], [1, 2], end=end)
-    assert draw(tmp_path, "--table", "table.csv") == 0
-    assert [row[2] for row in read_table("table.csv")[1:]] == (["0", "10", "20"] if "\r\ntar" in end else ["0", "10"])
+    assert [row[2] for row in table(tmp_path)] == ([0, 10, 20] if "\r\ntar" in end else [0, 10])
 
 
 @pytest.mark.parametrize("text", ["", "phase,env_st", ",".join(COLUMNS), ",".join(COLUMNS) + "\n"])
 def test_a_run_that_has_only_begun_is_left_out(tmp_path, text):
     write_run(tmp_path, [0, 10], [1, 2])
     (write_run(tmp_path, [], [], seed=1) / "progress.csv").write_text(text)
-    assert draw(tmp_path, "--table", "table.csv") == 0
-    assert [row[-1] for row in read_table("table.csv")] == ["seeds", "1", "1"]
+    assert [row[-1] for row in table(tmp_path)] == [1, 1]
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -463,7 +463,7 @@ def test_bars_take_no_published_curve(results, published, capsys):
 @pytest.mark.parametrize("flags, word", [
     (["--reference", "sac@50000"], "--published"), (["--names", "a", "z"], "no run is named z"),
     (["--published", "none.csv", "--reference", "sac@1"], "none.csv"), (["--out", "picture.xyz"], "xyz"),
-    (["--kind", "alpha", "--table", "t.csv"], "--table"), (["--kind", "summary", "--names", "a"], "--names"),
+    (["--kind", "summary", "--names", "a"], "--names"),
     (["--line", "a"], "--line"), (["--kind", "bars", "--line", "z"], "no run is named z"),
     (["--kind", "alpha", "--normalise", "td3-1m"], "--normalise"),
     (["--all-steps", "--phase", "offline"], "--all-steps"), (["--kind", "q-error"], "nothing to draw"),
@@ -484,16 +484,15 @@ def test_a_folder_of_another_name_is_named(tmp_path, capsys):
     assert_refused(capsys, "Hopper-v4__0")
 
 
-@pytest.mark.parametrize("flag, out, word", [
-    ("--out", "file/a.png", "file"), ("--out", "folder.png", "folder.png"), ("--out", "a.jpeg", ".png or .pdf"),
-    ("--out", "noending", ".png"), ("--out", 300 * "a" + ".png", "too long"), ("--out", "/proc/none/a.png", "/proc"),
-    ("--out", "/proc/a.png", "/proc"), ("--table", "file/a.csv", "file"), ("--table", "a.png", ".csv")])
-def test_what_cannot_be_written_is_refused_before_the_work(results, capsys, monkeypatch, flag, out, word):
+@pytest.mark.parametrize("out, word", [
+    ("file/a.png", "file"), ("folder.png", "folder.png"), ("a.jpeg", ".png or .pdf"), ("noending", ".png"),
+    (300 * "a" + ".png", "too long"), ("/proc/none/a.png", "/proc"), ("/proc/a.png", "/proc")])
+def test_what_cannot_be_written_is_refused_before_the_work(results, capsys, monkeypatch, out, word):
     (results / "file").write_text("kept")
     (results / "folder.png").mkdir()
     monkeypatch.setattr(plot, "read_columns", lambda *args: pytest.fail("began to read"))
     before = sorted(results.rglob("*"))
-    assert draw(results, flag, results / out) == 2
+    assert draw(results, "--out", results / out) == 2
     assert_refused(capsys, "cannot write", word)
     assert sorted(results.rglob("*")) == before and (results / "file").read_text() == "kept"
 
