@@ -127,6 +127,7 @@ def build_parser():
     g.add_argument("--target-entropy", type=float, help="nats; unless given, -action dimension / 2")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
+    # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
     g.add_argument("--target-penalty-coef", type=nonnegative, default=2.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="steps of training episodes that the source "

@@ -54,8 +54,8 @@ class WorldModel(nn.Module):
         self.register_buffer("obs_low", torch.full((obs_dim,), -math.inf))
         self.register_buffer("obs_high", torch.full((obs_dim,), math.inf))
         if compile:
-            torch._dynamo.config.trace_autograd_ops = True  # the backward pass is part of what is fused
-            self.gradients = torch.compile(self.gradients, dynamic=False)
+            fuse = torch._dynamo.config.patch(trace_autograd_ops=True)  # the backward pass is part of what is fused
+            self.gradients = fuse(torch.compile(self.gradients, dynamic=False))
 
     def _trunk(self, inputs, dtype=torch.float32):
         x = ((inputs - self.input_mean) / self.input_std).to(dtype).expand(self.members, *inputs.shape[-2:])
