@@ -264,9 +264,9 @@ class SAC:
         adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
         self.actor_optimizer, self.critic_optimizer = adam(self.actor_parameters), adam(self.critic_parameters)
         if compile:
-            torch._dynamo.config.trace_autograd_ops = True  # backward passes are part of what is fused
-            self.critic_gradients = torch.compile(self.critic_gradients)
-            self.actor_gradients = torch.compile(self.actor_gradients)
+            fuse = torch._dynamo.config.patch(trace_autograd_ops=True)  # backward passes are part of what is fused
+            self.critic_gradients = fuse(torch.compile(self.critic_gradients))
+            self.actor_gradients = fuse(torch.compile(self.actor_gradients))
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):

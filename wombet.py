@@ -127,6 +127,7 @@ def build_parser():
     g.add_argument("--target-entropy", type=float, help="nats; unless given, -action dimension / 2")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
+    # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
     g.add_argument("--target-penalty-coef", type=nonnegative, default=2.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="steps of training episodes that the source "
@@ -146,6 +147,8 @@ PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", 
 
 def check_args(args):
     require(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
+    require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
+            f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
     require(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
     require(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
