@@ -111,8 +111,8 @@ def fig2(b):
         start = 10_000 if env in ("HalfCheetah-v4", "Ant-v4") else 1_000
         more = {"sac": b.learner, "td3": ("--random-steps", start, *b.learner), "ppo": ()}
         for name, flags in more.items():
-            yield from (new_job(b, "fig2", f"baselines/{name}.py", env, name, seed, "--target-steps", b.online, *b.baseline,
-                            *flags) for seed in b.few)
+            yield from (new_job(b, "fig2", f"baselines/{name}.py", env, name, seed, "--target-steps", b.online,
+                                *b.baseline, *flags) for seed in b.few)
 
 
 def fig3(b):
@@ -349,7 +349,8 @@ def run_all(jobs, slots, b):
                     continue
                 del running[job]
                 if process.returncode:
-                    fail(job, f"exit code {process.returncode}; the end of {run_dir(b, job)}.log:", last_lines(job, b, 5))
+                    why = f"exit code {process.returncode}; the end of {run_dir(b, job)}.log:"
+                    fail(job, why, last_lines(job, b, 5))
                 else:
                     keep(job, b)
                     done += 1
@@ -418,8 +419,8 @@ def parse_args(argv):
                         "results/ have of these topics (of an interrupted one: go on without --again)")
     parser.add_argument("--slurm", action="store_true", help="submit the runs to Slurm as job arrays")
     parser.add_argument("--slurm-args", default="", metavar="'ARGS'", help="of sbatch: --slurm-args='--time=12:00:00'")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where runs/ and results/ lie (default: here; quick, "
-                        "paper: runs/quick, runs/paper, for their numbers are not cpu's)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where runs/ and results/ lie (default: the "
+                        "repository; quick, paper: runs/quick, runs/paper, for their numbers are not cpu's)")
 
     def error(message):
         raise ValueError(message)
