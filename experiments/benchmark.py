@@ -257,8 +257,8 @@ def table(report):
     yield f"  {'work':45}{'by':24}{'ms':>9}  {'min..max':19}{'x ours':>6}{'GFLOP/s':>9}{'of peak':>9}"
     for r in report["rows"]:
         rate, spread = 1e3 * r["gflop"] / r["ms"], f"{r['ms_low']:.2f}..{r['ms_high']:.2f}"
-        yield (f"{r['row'] + ' ' + str(r['work']):47}{r['by']:24}{r['ms']:9.2f}  {spread:19}{r['times_ours']:6.2f}{rate:9.1f}"
-               f"{rate / report['peak_gflop_per_s']:9.0%}")
+        yield (f"{r['row'] + ' ' + str(r['work']):47}{r['by']:24}{r['ms']:9.2f}  {spread:19}{r['times_ours']:6.2f}"
+               f"{rate:9.1f}{rate / report['peak_gflop_per_s']:9.0%}")
     yield from (f"skipped: {line}" for line in report["skipped"])
 
 
