@@ -12,7 +12,6 @@ The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this f
 the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
 """
 
-import argparse
 import copy
 import functools
 import math
@@ -25,12 +24,13 @@ import numpy as np
 import torch
 
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
-from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
+from filter import MODES, accept, met_threshold, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, must_fit, load,
-                 load_dataset, load_log_and_generators, log_and_generators, require, new_parser, nonnegative, open_run,
-                 percent, positive, read_config, read_flags, recent_return, run_program, save, save_dataset, fraction,
-                 show, source_quantities, stop_if_not_finite, store_step, write_config)
+from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
+                     load_dataset, load_log_and_generators, log_and_generators, must_fit, new_parser, nonnegative,
+                     not_below, open_run, some_path, percent, positive, read_flags, real, recent_return, require,
+                     require_memory, run_program, same_flags, save, save_dataset, show, source_quantities,
+                     stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 
@@ -86,8 +86,8 @@ def build_parser():
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
     g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
-    g.add_argument("--return-threshold", type=float, help="J_th itself, discounted source return")
-    g.add_argument("--u-threshold", type=float, help="u_th itself")
+    g.add_argument("--return-threshold", type=real, help="J_th itself, discounted source return")
+    g.add_argument("--u-threshold", type=real, help="u_th itself")
 
     g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
     g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
@@ -102,7 +102,7 @@ def build_parser():
     g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
-    g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
+    g.add_argument("--target-entropy", type=real, help="nats (default: -action dimension / 2)")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--update-dtype", default="float32", choices=("float32", "bfloat16"), help="of products in learning")
@@ -111,8 +111,10 @@ def build_parser():
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--prior", **SWITCH, default=True, help="learn from D_S; --no-prior: from scratch")
-    g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
-    g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases "
+                   "1 and 2")
+    g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take the source phase from that run (ablations "
+                   "share it)")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="D_S holds the source's real data too")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
@@ -146,9 +148,12 @@ def check_args(args):
          "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
 
 
+ANEW = ("source_steps", "target_steps", "lr", "model_lr")  # what --resume takes and heeds, beside harness.ANEW
+
+
 def parse_args(argv=None):
     """This program's flags; bad ones raise ValueError."""
-    return read_flags(argv, build_parser(), check_args)
+    return read_flags(argv, build_parser(), check_args, ANEW)
 
 
 # --------------------------------------------------------------------------------------------------------------- set-up
@@ -157,13 +162,19 @@ def parse_args(argv=None):
 def build(args, run_dir):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
+    rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
+    size = rounds * args.imagined_trajectories * args.imagined_length + args.keep_source_data * args.source_steps
+    uses_model = args.prior and not args.offline_data
+    require_memory(args, TaskEnv(args.env, max_steps=args.episode_steps),
+                   **({"imagined_trajectories, imagined_length": size} if uses_model else {"source_steps": 0}))
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), episodes=0, fitted_at=0,
                           phase="source" if args.prior else "target", thresholds=None, acceptance=None,
                           best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
 
     def side(source, steps, offset):
         """One task's environments, agent and data."""
-        make_env = functools.partial(TaskEnv, args.env, source, **(source_quantities(args) if source else {}))
+        make_env = functools.partial(TaskEnv, args.env, source, max_steps=args.episode_steps,
+                                     **(source_quantities(args) if source else {}))
         env = make_env(seed=2 * args.seed + offset)
         evaluation = [make_env() for _ in range(args.eval_episodes)]
         agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics,
@@ -181,7 +192,7 @@ def build(args, run_dir):
     run.offline_data = run.source = run.model = run.explorer = None
     env = run.target.env
     if args.offline_data:
-        run.offline_data = load_dataset(args.offline_data, args.device, **env.shapes)
+        run.offline_data = load_dataset(args.offline_data, args.device, env.action_scale, **env.shapes)
         run.phase = "pretrain"
     elif args.prior:
         run.source = side(args.source, args.source_steps, 1)
@@ -189,8 +200,6 @@ def build(args, run_dir):
                                hidden=args.model_hidden, layers=args.model_layers,
                                uncertainty_kind=args.uncertainty, inference_dtype=args.plan_dtype,
                                fit_dtype=args.update_dtype, compile=args.compile).to(args.device)
-        rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
-        size = rounds * args.imagined_trajectories * args.imagined_length + args.keep_source_data * args.source_steps
         run.offline_data = ReplayBuffer(size, args.device, **env.shapes)
         run.explorer = planner(run, args.collect_penalty_coef)
     return run
@@ -228,41 +237,52 @@ def state_dict(run):
 
 
 def load_side(side, state):
-    for part in ("env", "agent", "buffer"):
+    for part in ("env", "buffer"):
         getattr(side, part).load_state_dict(state[part])
+    load_agent(side.agent, state["agent"])
     for key in SIDE_VALUES:
         setattr(side, key, state[key])
+
+
+PHASES = ("source", "generate", "pretrain", "target", "done")
 
 
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
         for name in RUN_VALUES:
             setattr(run, name, state[name])
+        require(run.phase in PHASES, f"unknown phase {run.phase!r}")
         for name in ("source", "target"):
             if getattr(run, name) is not None:
+                steps, done = vars(run.args)[f"{name}_steps"], len(state[name]["buffer"]["rows"]["obs"])
+                not_below(f"--{name}-steps", steps, done)
+                require(name == "target" or run.phase == "source" or steps == done,
+                        f"--source-steps {steps}: the source phase is over, after {done}")
                 load_side(getattr(run, name), state[name])
         for name in ("model", "explorer", "prior"):
             if getattr(run, name) is not None:
                 getattr(run, name).load_state_dict(state[name])
-    run.mix.td_error = state["td_error"]
-    load_log_and_generators(run, state)
+        run.mix.td_error = None if state["td_error"] is None else float(state["td_error"])
+        load_log_and_generators(run, state)
+
+
+# what the source phase's state depends on, and what acts in the source phase alone
+OF_THE_SOURCE = ("env", "source", "seed", "episode_steps", "critics", "hidden", "layer_norm", "discount", "members",
+                 "model_hidden", "model_layers", "model_epochs", "explore", "mpc_every", "explore_refit_every",
+                 "collect_penalty_coef", "snapshot_window", "random_steps", "init_temperature")
 
 
 def reuse_source(run, source_run):
     """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
     the same seed and flags goes on as that one did."""
-    flags, ours = read_config(source_run)["flags"], vars(run.args)
-    shared = ["env", "source", "seed", "critics", "hidden", "layer_norm", "members", "model_hidden", "model_layers"]
-    shared += [key for key in ours if key.startswith("source_") and key != "source_run"]
-    differ = [f"--{key.replace('_', '-')} {flags.get(key)}" for key in shared if ours[key] != flags.get(key)]
-    if differ:
-        raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
+    quantities = [key for key in vars(run.args) if key.startswith("source_") and key != "source_run"]
+    same_flags(run.args, source_run, build_parser(), (*OF_THE_SOURCE, *quantities))
     state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
     with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
-    run.holdout_mse, run.phase = state["holdout_mse"], "generate"
-    load_log_and_generators(run, state)
+        run.holdout_mse, run.phase = state["holdout_mse"], "generate"
+        load_log_and_generators(run, state)
 
 
 # --------------------------------------------------------------------------------------------------------------- phases
@@ -292,9 +312,7 @@ def learn(run, name):
     offline = run.offline_data if name == "target" else None
     run.log.pace, text, info = (time.time(), side.step), "", {}
     while side.step < steps:
-        if run.interrupted:
-            save(run.dir / "checkpoint.pt", state_dict(run))
-            raise KeyboardInterrupt
+        stop_if_interrupted(run, state_dict)
         if env.obs is None:
             start_episode(run, name)
         obs = env.obs
@@ -336,7 +354,7 @@ def choose_best(run):
     """Goes on with the agent that `keep_best` kept, if there is one."""
     # Deviation: the last agent may be in one of the falls that policies take between one evaluation and the next
     if run.best is not None:
-        run.source.agent.load_state_dict(run.best["agent"])
+        load_agent(run.source.agent, run.best["agent"])
         run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
                      f"{run.best['return']:.1f}")
         run.best = None
@@ -430,6 +448,12 @@ def generate(run):
         found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
         given = (args.return_threshold, args.u_threshold)
         run.thresholds = [f if g is None else g for f, g in zip(found, given)]
+        if args.filter == "dual" and args.return_threshold is None:
+            lowered = met_threshold(returns, mean_u, *run.thresholds, args.return_percentile)
+            if lowered < run.thresholds[0]:
+                run.log.note(f"D_S     no trajectory meets both percentiles: J_th is lowered from "
+                             f"{run.thresholds[0]:.4g} to {lowered:.4g}, that percentile of those within u_th")
+                run.thresholds[0] = lowered
     try:
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
         if args.keep_source_data and run.offline_data.size == 0:
@@ -465,19 +489,22 @@ def train(args):
             run.phase = "target"
     elif args.source_run:
         reuse_source(run, args.source_run)
-    run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
-    write_config(run_dir, args)
+    write_config(run_dir, args)  # from here on the flags are known to be good
+    if state is None:
+        save(run_dir / "checkpoint.pt", state_dict(run))  # from here on --resume goes on, whatever happens
     catch_interrupts(run)
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
         choose_best(run)
         save(run.dir / "checkpoint.pt", state_dict(run))
+        stop_if_interrupted(run, state_dict)
         fit(run, args.model_epochs)
         run.phase = "generate"
         save(run.dir / "source.pt", state_dict(run))
     if run.phase == "generate":  # 2. imagine D_S
         save(run.dir / "checkpoint.pt", state_dict(run))
+        stop_if_interrupted(run, state_dict)
         generate(run)
         if args.warm_start:
             # Deviation: the paper plans without a policy and learns one in the target task alone
@@ -486,6 +513,7 @@ def train(args):
     if run.phase == "pretrain":
         save(run.dir / "checkpoint.pt", state_dict(run))
         for _ in range(math.ceil(args.pretrain_updates / args.utd)):
+            stop_if_interrupted(run, state_dict)
             update(run, run.target, run.offline_data)
         run.phase = "target"
     if run.phase == "target":  # 3. learn the target task, with refit rounds
@@ -499,11 +527,10 @@ def train(args):
 def play(args):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations, prints its return, draws the first."""
     run_dir = Path(args.evaluate)
-    flags = argparse.Namespace(**{**vars(args), **read_config(run_dir)["flags"], "device": args.device})
-    if flags.offline_data:
-        flags.offline_data, flags.prior = None, False  # the file is not needed to play
+    if args.offline_data:
+        args.offline_data, args.prior = None, False  # the file is not needed to play
     state = load(run_dir / "checkpoint.pt", args.device, "wombet")
-    run = build(flags, run_dir)
+    run = build(args, run_dir)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
     show(getattr(run, name), name, args.gif)
