@@ -85,8 +85,12 @@ SWITCH = {"action": argparse.BooleanOptionalAction}
 
 def new_parser(doc, name, source=True):
     """A parser with the flags that every program has (source: those of the source task too), and its budget group."""
+    def error(message):  # argparse's own prints the usage, two pages of it
+        raise ValueError(message)
+
     wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=48, width=128)
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=wide)
+    parser.error = error
 
     g = parser.add_argument_group("task")
     g.add_argument("--env", default="Walker2d-v4", help="target: a stock Gymnasium MuJoCo environment")
@@ -133,11 +137,6 @@ ANEW = (*MACHINE, "checkpoint_every", "eval_every", "eval_episodes")
 def read_flags(argv, parser, check, anew=()):
     """The flags, with --resume or --evaluate those of that run. Bad ones raise ValueError, as does check(args) where
     they contradict each other. anew: flags beside ANEW that --resume takes, and the program heeds, with a new value."""
-
-    def error(message):  # argparse's own prints the usage, two pages of it
-        raise ValueError(message)
-
-    parser.error = error
     args = parser.parse_args(argv)
     require(not (args.resume and args.evaluate), "give --resume or --evaluate, not both")
     require(not args.gif or args.evaluate, "--gif draws an evaluation: give --evaluate RUN_DIR too")
@@ -165,10 +164,16 @@ def flags_of_run(run_dir, argv, parser, anew, **others):
     kept = vars(config_flags(run_dir, parser))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(kept))))  # None: not given
     changed = {name: given[name] for name in kept if given[name] is not None and given[name] != kept[name]}
-    refused = [f"--{name.replace('_', '-')} {value} (the run has {kept[name]})" for name, value in changed.items()
+    refused = [f"{as_flag(name, value)} (the run has {kept[name]})" for name, value in changed.items()
                if name not in anew]
     require(not refused, f"{run_dir} cannot take {', '.join(refused)}: leave that out, or start a new run")
     return argparse.Namespace(**{**given, **kept, **others, **changed})
+
+
+def as_flag(name, value):
+    """As it is written on the command line."""
+    flag = name.replace("_", "-")
+    return f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
 
 
 def config_flags(run_dir, parser):
@@ -198,7 +203,7 @@ def config_flags(run_dir, parser):
 def same_flags(args, run_dir, parser, names):
     """ValueError, which names them, where another run's flags differ from these."""
     theirs, ours = vars(config_flags(run_dir, parser)), vars(args)
-    differ = [f"--{name.replace('_', '-')} {theirs[name]}" for name in names if ours[name] != theirs[name]]
+    differ = [as_flag(name, theirs[name]) for name in names if ours[name] != theirs[name]]
     require(not differ, f"--source-run {run_dir} has other flags: {', '.join(differ)}")
 
 
@@ -215,10 +220,13 @@ def check_device(name):
 
 def check_place(path, flag):
     """ValueError where a file of that name could not be written."""
-    folder = Path(path).absolute().parent
-    ok = folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir()
-    require(ok, f"{flag} {path} cannot be written: " + (
-        "it is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written to"))
+    was_there = os.path.lexists(path)
+    try:
+        open(path, "ab").close()
+        if not was_there:
+            os.unlink(path)
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 def require(ok, message):
@@ -247,13 +255,14 @@ def require_memory(args, env, **rows):
     if f.get("rollout_steps"):  # PPO's buffer is a batch
         steps = {"rollout_steps": f["rollout_steps"]}
     numbers = {name: row * n for name, n in {**steps, **rows}.items()}
+    model = "members, model_hidden, model_layers"
     plans = f["imagined_trajectories"] * (f["population"] + f["policy_samples"])
     numbers.update({
         "critics, hidden, layers": 5 * f["critics"] * net(f["hidden"], f["layers"]),  # target, gradient, Adam's two
-        "members, model_hidden, model_layers": 4 * f["members"] * net(f["model_hidden"], f["model_layers"]),
-        "batch_size, utd, hidden": f["batch_size"] * (f["utd"] * row + 3 * f["critics"] * f["layers"] * f["hidden"]),
-        "model_batch_size": 3 * f["model_batch_size"] * f["members"] * f["model_layers"] * f["model_hidden"],
-        "imagined_trajectories, population": plans * 2 * f["members"] * f["model_hidden"],
+        model: 4 * f["members"] * net(f["model_hidden"], f["model_layers"]),
+        "batch_size, utd, critics, hidden, layers": f["batch_size"] * (f["utd"] * row + 3 * f["critics"] * f["layers"] * f["hidden"]),
+        f"model_batch_size, {model}": 3 * f["model_batch_size"] * f["members"] * f["model_layers"] * f["model_hidden"],
+        f"imagined_trajectories, population, policy_samples, {model}": plans * 2 * f["members"] * f["model_hidden"],
         "eval_episodes": f["eval_episodes"] * 2**18})  # an environment takes about 1 MiB
     needed, held = 4 * sum(numbers.values()), memory_of(args.device)
     most = max(numbers, key=numbers.get)
@@ -285,25 +294,27 @@ def run_folder(args):
 def claimed(args):
     """The run's folder, made where it is not there, and held against a second process for as long as this one works.
     What stays empty is removed."""
-    run_dir, handle = run_folder(args), None
-    try:
-        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        require(os.access(run_dir, os.W_OK), f"{run_dir} cannot be written to: choose another --out")
-        if fcntl:
-            handle = os.open(run_dir, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"{run_dir} cannot be made: {error.strerror}; choose another --out or --name") from None
-    try:
+    run_dir = run_folder(args)
+    with contextlib.ExitStack() as undo:
+        try:
+            for folder in (*reversed(run_dir.parents), run_dir):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    undo.callback(remove_if_empty, folder)
+            require(os.access(run_dir, os.W_OK), f"{run_dir} cannot be written to: choose another --out")
+            if fcntl:
+                handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+                undo.callback(os.close, handle)
+        except OSError as error:
+            raise ValueError(f"{run_dir} cannot be made: {error.strerror}; choose another --out or --name") from None
         if fcntl:
             lock(handle, run_dir)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-        for folder in made:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+
+
+def remove_if_empty(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def lock(handle, run_dir):
@@ -416,6 +427,22 @@ def must_fit(what, there):
         yield
     except Exception as error:
         raise ValueError(f"{what} does not fit {there}: {first_line(error)}") from None
+
+
+def must_match(state, template, where="it"):
+    """ValueError where a checkpoint lacks a part that `template`, the state of a new run, has, or has one of another
+    type there. What is None or empty in the template may be anything."""
+    if isinstance(template, dict):
+        require(isinstance(state, dict), f"{where} is no dict")
+        for key, value in template.items():
+            require(key in state, f"{where} lacks {key!r}")
+            must_match(state[key], value, f"{where}.{key}".removeprefix("it."))
+    elif isinstance(template, torch.Tensor):
+        ok = isinstance(state, torch.Tensor) and (state.dtype, state.dim()) == (template.dtype, template.dim())
+        require(ok, f"{where} is no {template.dim()}-dimensional tensor of {template.dtype}")
+    elif template is not None:
+        kind = (int, float) if isinstance(template, float) else type(template)
+        require(isinstance(state, kind), f"{where} is {str(state)[:20]!r}, no {type(template).__name__}")
 
 
 def load_agent(agent, state):

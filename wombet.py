@@ -27,7 +27,7 @@ from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
 from filter import MODES, accept, met_threshold, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
 from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
-                     load_dataset, load_log_and_generators, log_and_generators, must_fit, new_parser, nonnegative,
+                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser, nonnegative,
                      not_below, open_run, some_path, percent, positive, read_flags, real, recent_return, require,
                      require_memory, run_program, same_flags, save, save_dataset, show, source_quantities,
                      stop_if_interrupted, stop_if_not_finite, store_step, write_config)
@@ -163,10 +163,11 @@ def build(args, run_dir):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
     rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
-    size = rounds * args.imagined_trajectories * args.imagined_length + args.keep_source_data * args.source_steps
-    uses_model = args.prior and not args.offline_data
-    require_memory(args, TaskEnv(args.env, max_steps=args.episode_steps),
-                   **({"imagined_trajectories, imagined_length": size} if uses_model else {"source_steps": 0}))
+    imagined = rounds * args.imagined_trajectories * args.imagined_length
+    models = args.prior and not args.offline_data  # then there is a source phase, whose data D_S may hold once more
+    require_memory(args, TaskEnv(args.env, max_steps=args.episode_steps), **{
+        "imagined_trajectories, imagined_length": models * imagined,
+        "source_steps": models * (1 + args.keep_source_data) * args.source_steps})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), episodes=0, fitted_at=0,
                           phase="source" if args.prior else "target", thresholds=None, acceptance=None,
                           best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
@@ -200,6 +201,7 @@ def build(args, run_dir):
                                hidden=args.model_hidden, layers=args.model_layers,
                                uncertainty_kind=args.uncertainty, inference_dtype=args.plan_dtype,
                                fit_dtype=args.update_dtype, compile=args.compile).to(args.device)
+        size = imagined + args.keep_source_data * args.source_steps
         run.offline_data = ReplayBuffer(size, args.device, **env.shapes)
         run.explorer = planner(run, args.collect_penalty_coef)
     return run
@@ -232,7 +234,7 @@ def state_dict(run):
     if run.model is not None:
         state["model"], state["explorer"] = run.model.state_dict(), run.explorer.state_dict()
     if run.offline_data is not None:
-        state["prior"] = run.offline_data.state_dict()
+        state["offline_data"] = run.offline_data.state_dict()
     return state
 
 
@@ -249,6 +251,10 @@ PHASES = ("source", "generate", "pretrain", "target", "done")
 
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
+        must_match(state, state_dict(run))
+        for name, kind in {"thresholds": list, "acceptance": float, "holdout_mse": float, "best": dict,
+                           "td_error": float}.items():  # None in a new run
+            require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
         for name in RUN_VALUES:
             setattr(run, name, state[name])
         require(run.phase in PHASES, f"unknown phase {run.phase!r}")
@@ -259,10 +265,10 @@ def load_state_dict(run, state):
                 require(name == "target" or run.phase == "source" or steps == done,
                         f"--source-steps {steps}: the source phase is over, after {done}")
                 load_side(getattr(run, name), state[name])
-        for name in ("model", "explorer", "prior"):
+        for name in ("model", "explorer", "offline_data"):
             if getattr(run, name) is not None:
                 getattr(run, name).load_state_dict(state[name])
-        run.mix.td_error = None if state["td_error"] is None else float(state["td_error"])
+        run.mix.td_error = state["td_error"]
         load_log_and_generators(run, state)
 
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from agent import ReplayBuffer
 from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
-                     load_dataset, load_log_and_generators, log_and_generators, must_fit, new_parser, nonnegative,
+                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser, nonnegative,
                      not_below, open_run, some_path, positive, read_flags, real, require, require_memory, run_program, save,
                      save_dataset, show, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step,
                      write_config)
@@ -137,16 +137,16 @@ def state_dict(run):
 
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
+        must_match(state, state_dict(run))
         run.phase, run.step, run.info, run.dataset_size = (state[k] for k in ("phase", "step", "info", "dataset_size"))
         require(run.phase in PHASES, f"unknown phase {run.phase!r}")
         load_agent(run.agent, state["agent"])
-        if not run.args.evaluate:
-            make_buffer(run)  # a dataset's rows are in the checkpoint
-            run.env.load_state_dict(state["env"])
-            run.buffer.load_state_dict(state["buffer"])
         load_log_and_generators(run, state)
         if not run.args.evaluate:
             heed_budgets(run)
+            make_buffer(run)  # a dataset's rows are in the checkpoint
+            run.env.load_state_dict(state["env"])
+            run.buffer.load_state_dict(state["buffer"])
 
 
 PHASES = ("prepare", "offline", "between", "start", "target")
