@@ -561,10 +561,12 @@ def open_streams():
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    for stream in (sys.stdout, sys.stderr):
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
         with contextlib.suppress(Exception):
-            stream.reconfigure(errors="replace")
+            getattr(sys, name).reconfigure(errors="replace")
 
 
 class Log:

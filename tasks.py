@@ -277,7 +277,7 @@ class TaskEnv:
     def state_dict(self):
         """The running episode, as the state of its generator at reset and its actions so far: replaying them brings
         any deterministic environment back to this step, with the solver's warm start and the time limit's count."""
-        if self._episode is None:
+        if self._episode is None or self.obs is None:  # between episodes: `obs` is None once one is over
             return {"rng": self.env.unwrapped.np_random.bit_generator.state, "actions": None}
         return {"rng": self._episode[0], "actions": torch.as_tensor(np.array(self._episode[1], dtype=np.float32))}
 

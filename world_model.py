@@ -202,7 +202,8 @@ class WorldModel(nn.Module):
         input_std, target_std = inputs.std(0), targets.std(0)
         # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean; one that hardly
         # varies by a thousandth of its values or of what the others vary by, lest a small change be out of all bounds
-        scale = torch.maximum(inputs.abs().amax(0), input_std.median())
+        others = torch.where(input_std > 1e-6, input_std, math.nan).nanmedian()
+        scale = torch.maximum(inputs.abs().amax(0), others)
         self.input_std = torch.where(input_std > 1e-6, input_std.maximum(1e-3 * scale), torch.ones_like(input_std))
         self.varies = (target_std > 1e-6).to(targets.dtype)
         self.target_std = torch.where(target_std > 1e-6, target_std, torch.ones_like(target_std))

@@ -93,7 +93,7 @@ def interrupt_at(monkeypatch, step):
         return evaluate(act, envs, frames)
 
     monkeypatch.setattr(tasks.TaskEnv, "step", counted)
-    monkeypatch.setattr("run.evaluate", marked)
+    monkeypatch.setattr("harness.evaluate", marked)
 
 
 @pytest.mark.parametrize("flags, step", [([], 77), ([], 150 + 63), (["--explore", "mix", "--mpc-every", "2",
