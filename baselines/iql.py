@@ -95,7 +95,7 @@ class IQL:
 def build_parser():
     parser = common.offline_parser(__doc__, "iql")
     g = common.agent_flags(parser, "IQL", lr=3e-4, batch_size=256, hidden=256, layers=2, discount=0.99, polyak=0.005)
-    g.add_argument("--expectile", type=common.share, default=0.7, help="tau, of the value; .5 is the mean")
+    g.add_argument("--expectile", type=common.fraction, default=0.7, help="tau, of the value; .5 is the mean")
     g.add_argument("--beta", type=common.nonnegative, default=3.0, help="inverse temperature of the actor's weights")
     g.add_argument("--cosine-lr", **common.SWITCH, default=True, help="actor's lr falls to 0 over the offline updates")
     g.add_argument("--scale-rewards", **common.SWITCH, default=True, help="by 1000 / (highest - lowest return)")

@@ -115,7 +115,7 @@ def model_flags(parser, real_ratio):
     g.add_argument("--rollout-batch", type=common.count, default=10_000, help="rollouts at a time")
     g.add_argument("--rollout-every", type=common.count, default=1000, help="updates between rollouts")
     g.add_argument("--rollout-retain", type=common.count, default=5, help="times that rollouts are kept for")
-    g.add_argument("--real-ratio", type=common.share, default=real_ratio, help="share of data in a batch")
+    g.add_argument("--real-ratio", type=common.fraction, default=real_ratio, help="share of data in a batch")
     return g
 
 

@@ -182,7 +182,7 @@ def build_parser():
     g.add_argument("--rollout-steps", type=common.count, default=2048, help="environment steps in a batch")
     g.add_argument("--minibatches", type=common.count, default=32, help="parts of a batch, an update each")
     g.add_argument("--epochs", type=common.count, default=10, help="passes over a batch")
-    g.add_argument("--gae-lambda", type=common.share, default=0.95, help="lambda of GAE")
+    g.add_argument("--gae-lambda", type=common.fraction, default=0.95, help="lambda of GAE")
     g.add_argument("--clip", type=common.positive, default=0.2, help="eps, of the ratio and of the value")
     g.add_argument("--entropy-coef", type=common.nonnegative, default=0.0, help="weight of the entropy bonus")
     g.add_argument("--value-coef", type=common.nonnegative, default=0.5, help="weight of the value's loss")
