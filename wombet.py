@@ -156,9 +156,10 @@ def check_args(args):
     require(args.horizon <= args.imagined_length,
             f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
     require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
-    largest = max(args.imagined_trajectories * args.imagined_length, args.rollouts * args.rollout_length)
-    require(largest <= args.offline_capacity,
-            f"--offline-capacity {args.offline_capacity} does not hold a round of {largest} imagined transitions")
+    for n, length in (("imagined_trajectories", "imagined_length"), ("rollouts", "rollout_length")):
+        largest = vars(args)[n] * vars(args)[length]
+        require(largest <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a round of "
+                f"{largest} transitions: --{n.replace('_', '-')} times --{length.replace('_', '-')}")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
         steps = vars(args)[f"{where}_steps"]
