@@ -67,7 +67,7 @@ def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert {row["kind"] for row in rows} == set(bound.KINDS) and {row["step"] for row in rows} == {"0", "2"}
     assert len(rows) == 12 and all(float(row["sum_u"]) > 0 for row in rows)
-    assert (out / "bound.png").exists() and "holds at 20" in capsys.readouterr().out
+    assert (out / "bound.png").exists() and "holds at 4" in capsys.readouterr().out
 
     (folder / "source.pt").unlink()
     assert bound.main([str(folder), *flags]) == 2
