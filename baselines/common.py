@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files tha
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from agent import ReplayBuffer
 from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, must_fit, load,
@@ -79,9 +80,21 @@ def agent_flags(parser, title, **defaults):
     return group
 
 
-def check_data(args):
+def check_online(args):
+    for flag in ("random_steps", "rollout_steps"):
+        first = vars(args).get(flag, 0)
+        least = first + (flag == "random_steps")  # a batch that is just full is learned from
+        require(least <= args.target_steps, f"--{flag.replace('_', '-')} {first} leaves none of --target-steps "
+                                            f"{args.target_steps} to learn in")
+
+
+def check_offline(args):
     require(args.dataset or args.evaluate, "--dataset FILE.npz is required")
     require(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
+    TaskEnv(args.env, args.source, **source_quantities(args))  # raises ValueError where there is none such
+    unused = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
+              if key.startswith("source") and key != "source_rewards" and value not in (None, "near")]
+    require(args.source_rewards or not unused, f"{', '.join(unused)}: of use with --source-rewards alone")
 
 
 # ------------------------------------------------------------------------------------------------------------- set-up
@@ -262,8 +275,11 @@ def main(program, parser, make_agent, argv=None, check=None):
     Args:
         program: the script's name without .py. make_agent(args, env): the agent. check(args): raises ValueError.
     """
-    checks = [f for f in (check, check_data if parser.get_default("offline_updates") is not None else None) if f]
-    return run_program(program, lambda: read_flags(argv, parser, lambda args: [f(args) for f in checks]),
+    def check_all(args):
+        (check_offline if "dataset" in args else check_online)(args)
+        check and check(args)
+
+    return run_program(program, lambda: read_flags(argv, parser, check_all),
                        lambda args: train(args, make_agent, program), lambda args: play(args, make_agent, program))
 
 
@@ -307,6 +323,8 @@ def log_normal(x, mean, log_std):
 class GaussianPolicy(nn.Module):
     """a ~ N(tanh(f(s)), diag(std)^2), cut to [-1, 1]; std does not depend on s (IQL's and AWAC's actor)."""
 
+    LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
         self.mean = mlp(obs_dim, hidden, action_dim, last=nn.Tanh)
@@ -314,7 +332,9 @@ class GaussianPolicy(nn.Module):
 
     @property
     def log_std(self):
-        return self.free_log_std.clamp(-5.0, 2.0)
+        """In [-5, 2], by soft bounds as the world model's: a clamp has no gradient beyond them, and never comes back."""
+        below = self.LOG_STD_MAX - F.softplus(self.LOG_STD_MAX - self.free_log_std)
+        return self.LOG_STD_MIN + F.softplus(below - self.LOG_STD_MIN)
 
     def log_prob(self, obs, action):
         """log-density before the cut: obs (B, d), action (B, A) -> (B,)."""

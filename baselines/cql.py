@@ -30,23 +30,28 @@ class CQL(DelayedSAC):
     def learn(self, buffer):
         return self.learn_from(buffer.sample(self.batch_size), self.batch_size)
 
-    def log_integral(self, obs, next_obs):
-        """log int exp Q_i(s, a) da, estimated: obs, next_obs (B, d) -> (N, B)."""
+    def values(self, obs, action, next_obs):
+        """Q_i(s, a) and log int exp Q_i(s, a') da', estimated: obs, next_obs (B, d), action (B, A) -> both (N, B).
+
+        One pass of the actor, for all that it draws, and one of the critics, for all actions.
+        """
         n, rows, dim = self.n_actions, len(obs), self.action_dim
         with torch.no_grad():
-            sampled = [self.actor.sample(x.expand(n, -1, -1)) for x in (obs, next_obs)]
+            noise = torch.stack([torch.randn(n, rows, dim, device=obs.device) for _ in range(2)])
+            drawn, log_prob = self.actor.sample(torch.stack([obs, next_obs])[:, None], noise)
             uniform = torch.rand(n, rows, dim, device=obs.device) * 2 - 1
-            actions = torch.cat([uniform, *(action for action, _ in sampled)])
             density = uniform.new_full((n, rows), -dim * math.log(2.0))
-            log_prob = torch.cat([density, *(log_prob for _, log_prob in sampled)])
-        q = self.critic(obs.expand(3 * n, -1, -1).flatten(0, 1), actions.flatten(0, 1)).view(-1, 3 * n, rows)
-        return (q - log_prob).logsumexp(1) - math.log(3 * n)
+            log_prob = torch.cat([density, log_prob.flatten(0, 1)])
+            actions = torch.cat([action[None], uniform, drawn.flatten(0, 1)])
+        states = obs.expand(len(actions), -1, -1)
+        q = self.critic(states.flatten(0, 1), actions.flatten(0, 1)).unflatten(1, states.shape[:2])
+        return q[:, 0], (q[:, 1:] - log_prob).logsumexp(1) - math.log(3 * n)
 
     def update_critic(self, part, n_offline):
         """One step of the critics on {key: (B, ...)}, of which the first n_offline rows are data."""
         y = self.target(part)
-        q = self.critic(part["obs"], part["action"])
-        gap = self.log_integral(part["obs"], part["next_obs"]).mean(1) - q[:, :n_offline].mean(1)
+        q, log_integral = self.values(part["obs"], part["action"], part["next_obs"])
+        gap = log_integral.mean(1) - q[:, :n_offline].mean(1)
         critic_loss = ((q - y).square().mean(1) + self.cql_alpha * gap).sum()
         self.step_critic(torch.autograd.grad(critic_loss, self.critic_parameters))
         return {"critic_loss": critic_loss.detach() / self.n_critics, "q_mean": q.detach().mean(),

@@ -13,6 +13,7 @@ locomotion. Online it goes on alike: new steps join the dataset, sampling stays 
 import math
 import sys
 
+import numpy as np
 import torch
 
 import common  # before agent: it puts the repository's root on the path
@@ -29,9 +30,8 @@ def reward_scale(data):
     """1000 / (highest - lowest undiscounted return) over the trajectories of {key: (n, ...)}, rows in time's order."""
     ended = (data["terminated"] + data["timeout"]) > 0
     ended[:-1] |= (data["next_obs"][:-1] != data["obs"][1:]).any(1)  # a file need not say where it was cut
-    trajectory = ended.long().cumsum(0) - ended.long()
-    returns = torch.zeros(int(trajectory[-1]) + 1, dtype=torch.float64, device=trajectory.device)
-    returns.index_add_(0, trajectory, data["reward"].double())
+    trajectory = ended.cumsum(0) - ended.long()
+    returns = np.bincount(trajectory.cpu(), weights=data["reward"].cpu())  # sums in double precision
     spread = float(returns.max() - returns.min())
     return 1000.0 / spread if spread > 0 else 1.0
 
