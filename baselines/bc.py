@@ -59,8 +59,8 @@ def build_parser():
 
 
 def check(args):
-    common.require(not args.online_steps or args.critic_steps < args.online_steps, f"--critic-steps {args.critic_steps} "
-                   f"leaves none of --online-steps {args.online_steps} to the actor")
+    common.require(not args.online_steps or args.critic_steps < args.online_steps, f"--critic-steps "
+                   f"{args.critic_steps} leaves none of --online-steps {args.online_steps} to the actor")
 
 
 def make_agent(args, env):

@@ -80,6 +80,13 @@ def agent_flags(parser, title, **defaults):
     return group
 
 
+def agent_arguments(args, env, *names):
+    """What an agent takes: sizes, device, and the flags `names`, of which a method need not have all."""
+    given = {name: getattr(args, name) for name in names if name in args}
+    return {"obs_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": (args.hidden,) * args.layers,
+            "device": args.device, **given}
+
+
 def check_online(args):
     for flag in ("random_steps", "rollout_steps"):
         first = vars(args).get(flag, 0)
@@ -303,6 +310,15 @@ def follow(target, network, polyak):
     torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), polyak)
 
 
+def update_critics(agent, batch, y):
+    """One step of the agent's critics on (Q_i(s, a) - y)^2, y (B,): what a baseline logs of it."""
+    q = agent.critic(batch["obs"], batch["action"])
+    loss = (q - y).square().mean(1).sum()
+    step(agent.critic_optimizer, loss)
+    q = q.detach()
+    return {"critic_loss": loss.detach() / len(q), "q_mean": q.mean(), "td_error": (q.mean(0) - y).abs().mean()}
+
+
 def frozen_copy(network):
     """A target network: a copy without gradients."""
     return copy.deepcopy(network).requires_grad_(False)
@@ -332,7 +348,7 @@ class GaussianPolicy(nn.Module):
 
     @property
     def log_std(self):
-        """In [-5, 2], by soft bounds as the world model's: a clamp has no gradient beyond them, and never comes back."""
+        """In [-5, 2], by soft bounds as the world model's: beyond a clamp's the gradient is 0 for ever."""
         below = self.LOG_STD_MAX - F.softplus(self.LOG_STD_MAX - self.free_log_std)
         return self.LOG_STD_MIN + F.softplus(below - self.LOG_STD_MIN)
 

@@ -17,7 +17,7 @@ import sys
 import torch
 
 import common  # before sac: it puts the repository's root on the path
-from sac import DelayedSAC, sac_arguments
+from sac import DelayedSAC, sac_arguments, sac_switches
 
 
 class CQL(DelayedSAC):
@@ -63,8 +63,7 @@ def cql_flags(parser, title, alpha):
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None)
     g.add_argument("--cql-alpha", type=common.nonnegative, default=alpha, help="weight of the conservative penalty")
     g.add_argument("--cql-actions", type=common.count, default=10, help="actions per state from each distribution")
-    g.add_argument("--backup-entropy", **common.SWITCH, default=False, help="entropy term in the critics' target")
-    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
+    sac_switches(g, backup_entropy=False)
     return g
 
 

@@ -20,7 +20,7 @@ import torch
 
 import common  # before agent: it puts the repository's root on the path
 from agent import ReplayBuffer, mixed_batch
-from sac import DelayedSAC, sac_arguments
+from sac import DelayedSAC, sac_arguments, sac_switches
 from world_model import WorldModel
 
 
@@ -136,8 +136,7 @@ def build_parser():
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None)
     g.add_argument("--penalty-coef", type=common.nonnegative, default=2.5, help="lambda, reward per unit of u")
     g.add_argument("--uncertainty", default="aleatoric", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
-    g.add_argument("--backup-entropy", **common.SWITCH, default=True, help="entropy term in the critics' target")
-    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
+    sac_switches(g, backup_entropy=True)
     model_flags(parser, real_ratio=0.05)
     return parser
 

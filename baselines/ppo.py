@@ -201,9 +201,8 @@ def check(args):
 
 def make_agent(args, env):
     names = ("rollout_steps", "minibatches", "epochs", "lr", "anneal_lr", "discount", "gae_lambda", "clip",
-             "entropy_coef", "value_coef", "max_grad_norm", "normalise_obs", "normalise_rewards", "device")
-    return PPO(env.obs_dim, env.action_dim, steps=args.target_steps, hidden=(args.hidden,) * args.layers,
-               **{name: getattr(args, name) for name in names})
+             "entropy_coef", "value_coef", "max_grad_norm", "normalise_obs", "normalise_rewards")
+    return PPO(**common.agent_arguments(args, env, *names), steps=args.target_steps)
 
 
 def main(argv=None):

@@ -44,7 +44,7 @@ def no_host_reads():
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fails on any operation that gives a float64 tensor: Apple's MPS has none. (Double precision on the host is NumPy's.)"""
+    """Fails on an operation that gives a float64 tensor: Apple's MPS has none. (On the host, NumPy has.)"""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -296,7 +296,7 @@ def test_cql_in_one_pass_equals_pass_by_pass():
     torch.manual_seed(1)
     parts = [agent.actor.sample(x.expand(n, -1, -1)) for x in (obs, next_obs)]
     parts.append((torch.rand(n, rows, 2) * 2 - 1, torch.full((n, rows), -2 * math.log(2))))
-    ratios = [agent.critic(obs, a) - log_prob for actions, log_probs in parts for a, log_prob in zip(actions, log_probs)]
+    ratios = [agent.critic(obs, a) - log_prob for part in parts for a, log_prob in zip(*part)]
     torch.testing.assert_close(q, agent.critic(obs, action))
     torch.testing.assert_close(log_integral, torch.stack(ratios).logsumexp(0) - math.log(3 * n))
 
