@@ -40,10 +40,10 @@ class ReplayBuffer:
         self.position = (self.position + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
-    def sample(self, *shape):
-        """Independent uniform draws from the filled rows: each key as (*shape, ...)."""
+    def sample(self, *shape, first=0):
+        """Independent uniform draws from the filled rows, from row `first` on: each key as (*shape, ...)."""
         some = next(iter(self.data.values()))
-        rows = torch.randint(self.size, shape, device=some.device)
+        rows = torch.randint(first, self.size, shape, device=some.device)
         return {key: values[rows] for key, values in self.data.items()}
 
     def filled(self):
@@ -81,24 +81,29 @@ def mixed_batch(offline, online, alpha, batch_size, slices):
 
 
 class AdaptiveMix:
-    """Share of D_S in a batch, from the TD error on target data (section 4.6).
+    """Share of D_S in a batch, from the TD error on online data (section 4.6).
 
     delta_bar <- (1 - ema) delta_bar + ema delta,  alpha = clip(gain * delta_bar, alpha_min, alpha_max),
     where delta is the mean absolute TD error.
 
-    Deviation: the paper's formula averages the signed error and smooths over one step only; its prose says absolute.
-
-    Args: fixed: a constant share instead (the paper's ablation), or None.
+    Args:
+        fixed: a constant share instead (the paper's ablation), or None.
+        signed: the paper's formula to the letter, (1 - ema) delta_k-1 + ema delta_k of the mean signed error.
+            Deviation: not the default, for the signed error can pin alpha at its minimum; the paper's prose says
+            absolute.
     """
 
-    def __init__(self, gain, alpha_min, alpha_max, ema, fixed=None):
-        self.gain, self.alpha_min, self.alpha_max, self.ema, self.fixed = gain, alpha_min, alpha_max, ema, fixed
-        self.td_error = None  # delta_bar; before the first measurement D_S is trusted most
+    def __init__(self, gain, alpha_min, alpha_max, ema, fixed=None, signed=False):
+        self.gain, self.alpha_min, self.alpha_max, self.ema = gain, alpha_min, alpha_max, ema
+        self.fixed, self.signed = fixed, signed
+        self.td_error = self.last = None  # delta_bar and delta; before the first measurement D_S is trusted most
 
-    def update(self, td_error):
-        if math.isfinite(td_error):  # a batch without target data has no TD error on it
-            self.td_error = td_error if self.td_error is None else (1 - self.ema) * self.td_error + self.ema * td_error
-        return self.alpha
+    def update(self, info):
+        """info: what `SAC.update` returns. A batch without online data has no TD error, and changes nothing."""
+        delta = float(info["signed_td_error" if self.signed else "td_error"])
+        if math.isfinite(delta):
+            before = delta if self.last is None else self.last if self.signed else self.td_error
+            self.td_error, self.last = (1 - self.ema) * before + self.ema * delta, delta
 
     @property
     def alpha(self):
@@ -107,6 +112,12 @@ class AdaptiveMix:
         if self.td_error is None:
             return self.alpha_max
         return min(max(self.gain * self.td_error, self.alpha_min), self.alpha_max)
+
+    def state_dict(self):
+        return {"td_error": self.td_error, "last": self.last}
+
+    def load_state_dict(self, state):
+        self.td_error, self.last = state["td_error"], state["last"]
 
 
 def affine(x, weight, bias, dtype=torch.float32):
@@ -210,15 +221,14 @@ def step(optimizer, parameters, gradients):
 class SAC:
     """Soft actor-critic with N LayerNorm critics and many critic updates a step (RLPD), on penalised targets (eq. 7).
 
-    y = r - lambda u + gamma (1 - terminated) (min_i Q_i(s', a') - temperature * log pi(a'|s')),  a' ~ pi(.|s')
+    `target`, `critic_loss`, `actor_loss` and `temperature_loss` are the maths; the rest carries it out.
 
-    with target networks and the minimum over `min_critics` of the N critics, drawn anew for every update (all N: eqs.
-    7 and 9). u is 0 on target data, so the penalty acts on D_S alone.
-
-    Deviation: SAC's entropy term in y (`backup_entropy`) and in the actor's loss, which the paper leaves out.
+    Deviation: SAC's entropy term in y (`backup_entropy`) and in the actor's loss (`actor_entropy`), which the paper
+    leaves out.
 
     Args:
-        n_critics, min_critics: N and the size M of the subset under the minimum.
+        n_critics, min_critics: N and the size M of the random subset under the target's minimum (RLPD). Deviation: all
+            N in the paper (eqs. 7 and 9).
         actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises. Deviation: the mean is
             the default of wombet.py.
         penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
@@ -232,10 +242,10 @@ class SAC:
 
     def __init__(self, obs_dim, action_dim, *, n_critics=2, min_critics=2, hidden=(256, 256), layer_norm=True, lr=3e-4,
                  discount=0.99, polyak=0.005, init_temperature=0.1, target_entropy=None, backup_entropy=True,
-                 actor_q="mean", actor_average=1.0, penalty_coef=1.0, dtype="float32", compile=False, device="cpu"):
+                 actor_entropy=True, actor_q="mean", actor_average=1.0, penalty_coef=1.0, dtype="float32", compile=False, device="cpu"):
         self.n_critics, self.min_critics, self.actor_q = n_critics, min_critics, actor_q
         self.discount, self.polyak, self.penalty_coef = discount, polyak, penalty_coef
-        self.actor_average = actor_average
+        self.actor_average, self.actor_entropy = actor_average, actor_entropy
         self.backup_entropy, self.device, self.dtype = backup_entropy, torch.device(device), getattr(torch, dtype)
         self.target_entropy = -action_dim / 2 if target_entropy is None else target_entropy
         self.action_dim = action_dim
@@ -254,9 +264,9 @@ class SAC:
         adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
         self.actor_optimizer, self.critic_optimizer = adam(self.actor_parameters), adam(self.critic_parameters)
         if compile:
-            torch._dynamo.config.trace_autograd_ops = True  # backward passes are part of what is fused
-            self.critic_gradients = torch.compile(self.critic_gradients)
-            self.actor_gradients = torch.compile(self.actor_gradients)
+            fuse = torch._dynamo.config.patch(trace_autograd_ops=True)  # backward passes are part of what is fused
+            self.critic_gradients = fuse(torch.compile(self.critic_gradients))
+            self.actor_gradients = fuse(torch.compile(self.actor_gradients))
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
@@ -270,35 +280,14 @@ class SAC:
         return self.average_actor.sample(obs)[0]
 
     @torch.no_grad()
+    def q_value(self, obs, action):
+        """mean_i Q_i(s, a): obs (B, obs_dim), action (B, action_dim) -> (B,)."""
+        return self.critic(obs, action).mean(0)
+
+    @torch.no_grad()
     def value(self, obs):
         """V(s) = mean_i Q_i(s, a) at the policy's mode: obs (B, obs_dim) -> (B,); the planner's terminal value."""
         return self.target_critic(obs, self.act(obs, deterministic=True)).mean(0)
-
-    @torch.no_grad()
-    def backup(self, batch):
-        """The batch and what of y no critic has a say in: for all slices at once, since they share the actor.
-
-        batch: {key: (..., B, ...)}; adds next_action (..., B, A), the value's factor (..., B) and the penalised reward
-        with the entropy's value (..., B).
-        """
-        next_action, log_prob = self.actor.sample(batch["next_obs"], dtype=self.dtype)
-        factor = self.discount * (1 - batch["terminated"])
-        base = batch["reward"] - self.penalty_coef * batch["uncertainty"]
-        if self.backup_entropy:
-            base = base - factor * self.log_temperature.exp() * log_prob
-        return {**batch, "next_action": next_action, "factor": factor, "base": base}
-
-    def draw_subset(self):
-        """The critics under the minimum of one update, (M,); None: all of them."""
-        if self.min_critics == self.n_critics:
-            return None
-        return torch.randperm(self.n_critics, device=self.device)[: self.min_critics]
-
-    @torch.no_grad()
-    def target(self, part, subset=None):
-        """Robust Bellman target y (B,) of eqs. 7 and 9, of a slice that `backup` has seen, with `subset`'s critics."""
-        values = self.target_critic(part["next_obs"], part["next_action"], subset)
-        return part["base"] + part["factor"] * values.amin(0)
 
     def update(self, batch, n_offline=0):
         """One critic update on each slice, then one of the actor and the temperature on the last slice.
@@ -306,38 +295,81 @@ class SAC:
         Args: batch: {key: (slices, B, ...)} with obs, action, reward, next_obs, terminated, uncertainty; of every
             slice's rows the first n_offline are from D_S.
 
-        Returns a dict of scalar tensors; td_error is the mean of |mean_i Q_i - y| over the target rows, before the
-        updates (NaN where there are none).
+        Returns a dict of scalar tensors; td_error and signed_td_error are the means of |mean_i Q_i - y| and of
+        mean_i Q_i - y over the online rows, before the updates (NaN where there are none).
         """
-        slices, td_error = len(batch["obs"]), 0.0
-        batch = self.backup(batch)
-        for k in range(slices):
-            info = self.update_critic({key: values[k] for key, values in batch.items()}, n_offline)
-            td_error = td_error + info["td_error"] / slices
-        return {**info, "td_error": td_error, **self.update_actor(batch["obs"][-1])}
+        slices, batch = len(batch["obs"]), self.with_next_action(batch)
+        infos = [self.update_critic({key: values[k] for key, values in batch.items()}, n_offline)
+                 for k in range(slices)]
+        td_errors = {key: sum(info[key] for info in infos) / slices for key in ("td_error", "signed_td_error")}
+        return {**infos[-1], **td_errors, **self.update_actor(batch["obs"][-1])}
 
-    def update_critic(self, part, n_offline=0):
-        """One step of the critics on one slice that `backup` has seen; scalar tensors."""
-        gradients, loss, q, y = self.critic_gradients(part, self.draw_subset())
+    @torch.no_grad()
+    def with_next_action(self, batch):
+        """The batch {key: (..., B, ...)} with next_action a' ~ pi(.|s') (..., B, A) and next_log_prob (..., B); for all
+        slices in one pass, since the actor changes after the last one only."""
+        next_action, next_log_prob = self.actor.sample(batch["next_obs"], dtype=self.dtype)
+        return {**batch, "next_action": next_action, "next_log_prob": next_log_prob}
+
+    # What is learned: the target y, then the losses of critics, actor and temperature.
+
+    @torch.no_grad()
+    def target(self, batch, subset=None):
+        """Robust Bellman target y (B,) of eqs. 7 and 9, for a batch with next actions.
+
+        y = r - lambda u + gamma (1 - terminated) (min_i Q_i(s', a') - temperature log pi(a'|s')), Q_i the target
+        networks; subset (M,): the critics under the minimum, None: all N. u is 0 on real data.
+        """
+        value = self.target_critic(batch["next_obs"], batch["next_action"], subset).amin(0)
+        if self.backup_entropy:
+            value = value - self.log_temperature.exp() * batch["next_log_prob"]
+        reward = batch["reward"] - self.penalty_coef * batch["uncertainty"]
+        return reward + self.discount * (1 - batch["terminated"]) * value
+
+    def critic_loss(self, batch, subset=None):
+        """Eq. 7: the mean of (Q_i - y)^2 over the batch, summed over critics, so that a critic's step does not depend
+        on their number; also Q (N, B) and y (B,)."""
+        y, q = self.target(batch, subset), self.critic(batch["obs"], batch["action"])
+        return (q - y).square().mean(1).sum(), q.detach(), y
+
+    def actor_loss(self, obs, noise):
+        """Section 4.4: E[temperature log pi(a|s) - min_i Q_i(s, a)], or the critics' mean (`actor_q`), a = the action
+        that `noise` (B, A) leads to; also E[log pi]."""
+        action, log_prob = self.actor.sample(obs, noise, self.dtype)
+        q = self.critic(obs, action)
+        loss = -(q.amin(0) if self.actor_q == "min" else q.mean(0)).mean()
+        if self.actor_entropy:
+            loss = loss + (self.log_temperature.exp().detach() * log_prob).mean()
+        return loss, log_prob.detach().mean()
+
+    def temperature_loss(self, log_prob):
+        """SAC's: the temperature falls while the entropy -log_prob is above `target_entropy`, and rises below it."""
+        return self.log_temperature.exp() * (-log_prob - self.target_entropy)
+
+    # How it is learned: gradients (what --fast compiles) and optimiser steps.
+
+    def update_critic(self, batch, n_offline=0):
+        """One step of the critics on one batch with next actions, and one of the target networks; scalar tensors."""
+        subset = None  # of the critics, drawn anew for every update (RLPD)
+        if self.min_critics < self.n_critics:
+            subset = torch.randperm(self.n_critics, device=self.device)[: self.min_critics]
+        gradients, loss, q, y = self.critic_gradients(batch, subset)
         self.step_critic(gradients)
-        td_error = (q.mean(0) - y)[n_offline:].abs().mean()
-        return {"critic_loss": loss / self.n_critics, "td_error": td_error, "q_mean": q.mean()}
+        error = (q.mean(0) - y)[n_offline:]
+        return {"critic_loss": loss / self.n_critics, "q_mean": q.mean(), "td_error": error.abs().mean(),
+                "signed_td_error": error.mean()}
 
-    def critic_gradients(self, part, subset):
-        """Of eq. 7's loss, the mean of (Q_i - y)^2, summed over critics, so that a critic's step does not depend on
-        their number; also returns the loss, Q (N, B) and y (B,)."""
-        y, q = self.target(part, subset), self.critic(part["obs"], part["action"])
-        loss = (q - y).square().mean(1).sum()
-        return torch.autograd.grad(loss, self.critic_parameters), loss.detach(), q.detach(), y
+    def critic_gradients(self, batch, subset):
+        loss, q, y = self.critic_loss(batch, subset)
+        return torch.autograd.grad(loss, self.critic_parameters), loss.detach(), q, y
 
     def step_critic(self, gradients):
-        """One optimiser step of the critics, and one of the target networks after them."""
         step(self.critic_optimizer, self.critic_parameters, gradients)
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.polyak)
 
     def update_actor(self, obs):
-        """One step of the actor and of the temperature: obs (B, obs_dim)."""
+        """One step of the actor, its average and the temperature: obs (B, obs_dim); scalar tensors."""
         noise = torch.randn(*obs.shape[:-1], self.action_dim, device=self.device)
         gradients, info = self.actor_gradients(obs, noise)
         step(self.actor_optimizer, self.actor_parameters, gradients)
@@ -346,16 +378,10 @@ class SAC:
         return info
 
     def actor_gradients(self, obs, noise):
-        """Of E[temperature * log pi(a|s) - Q(s, a)], a = the action that `noise` (B, A) leads to, and of the
-        temperature's loss; also returns scalar tensors."""
-        action, log_prob = self.actor.sample(obs, noise, self.dtype)
-        q = self.critic(obs, action)
-        q = q.amin(0) if self.actor_q == "min" else q.mean(0)
-        temperature, entropy = self.log_temperature.exp(), -log_prob.detach().mean()
-        actor_loss = (temperature.detach() * log_prob - q).mean()
-        temperature_loss = temperature * (entropy - self.target_entropy)
-        gradients = torch.autograd.grad(actor_loss + temperature_loss, self.actor_parameters)  # they share none
-        return gradients, {"actor_loss": actor_loss.detach(), "entropy": entropy, "temperature": temperature.detach()}
+        loss, log_prob = self.actor_loss(obs, noise)
+        total = loss + self.temperature_loss(log_prob)  # they share no parameter
+        return torch.autograd.grad(total, self.actor_parameters), {
+            "actor_loss": loss.detach(), "entropy": -log_prob, "temperature": self.log_temperature.exp().detach()}
 
     PARTS = ("actor", "average_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
 

@@ -38,6 +38,14 @@ def thresholds(returns, mean_u, return_percentile, u_percentile):
     return quantile(returns, return_percentile), quantile(mean_u, u_percentile)
 
 
+def met_threshold(returns, mean_u, return_threshold, u_threshold, return_percentile):
+    """J_th, lowered where no trajectory meets it and u_th at once: to `return_percentile` of those that meet u_th."""
+    some = returns.isfinite() & (mean_u <= u_threshold)
+    if not some.any() or returns[some].max() >= return_threshold:
+        return return_threshold
+    return torch.quantile(returns[some], return_percentile / 100).item()
+
+
 def accept(returns, mean_u, return_threshold, u_threshold, mode="dual"):
     """Eq. 6: which trajectories have u_bar <= u_th and J >= J_th, (N,) bool; a mode other than "dual" drops one
     criterion or both (the paper's ablation).

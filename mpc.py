@@ -47,30 +47,27 @@ class MPC:
         keep_elites: share of the elites that stay candidates in the next iteration; the best one always does.
         discount: gamma. penalty_coef: lambda, in reward per unit of u.
         execute: "mean" of the elites, or the "best" candidate. execute_steps: actions executed before replanning.
+        particles: copies of a candidate, rows in a row for the model (`WorldModel.member_step`), over which its return is
+            averaged: eq. 1's expectation over the ensemble. Deviation: the default is 1, the ensemble's mean.
         policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
             horizon. None of them: plain CEM.
     """
 
     def __init__(self, model, reward, terminated, action_dim, *, horizon=5, population=64, elites=8, iterations=2,
                  momentum=0.1, init_std=0.5, noise_beta=0.0, keep_elites=0.3, discount=0.99, penalty_coef=1.0,
-                 execute="mean", execute_steps=1, policy=None, policy_samples=16, value=None):
+                 execute="mean", execute_steps=1, particles=1, policy=None, policy_samples=16, value=None):
         self.model, self.reward, self.terminated, self.action_dim = model, reward, terminated, action_dim
         self.horizon, self.population, self.elites, self.iterations = horizon, population, elites, iterations
         self.momentum, self.init_std, self.noise_beta = momentum, init_std, noise_beta
         self.n_keep = max(int(keep_elites * elites), 1)
         self.discount, self.penalty_coef = discount, penalty_coef
-        self.execute, self.execute_steps = execute, execute_steps
+        self.execute, self.execute_steps, self.particles = execute, execute_steps, particles
         self.policy, self.policy_samples, self.value = policy, policy_samples if policy else 0, value
         self.reset()
 
     def reset(self):
         """Forgets the last plan: to be called when episodes start."""
-        self._plan, self._age, self._stale = None, 0, False
-
-    def forget(self, rows):
-        """Forgets the last plan of some of the batch's states, whose episodes start: rows (n,) indices."""
-        self._plan = self._plan.index_fill(0, rows, 0.0)
-        self._stale = True
+        self._plan, self._age = None, 0
 
     @torch.no_grad()
     def rollout(self, obs, actions=None):
@@ -78,19 +75,23 @@ class MPC:
 
         obs (B, d), actions (B, H, A) -> actions (B, H, A), penalised return (B,); -inf where it is not finite.
         """
+        n = self.particles
+        obs = obs.repeat_interleave(n, 0)
         total = torch.zeros(len(obs), device=obs.device)
         alive, taken = torch.ones_like(total), []
         for k in range(self.horizon):
-            action = self.policy(obs) if actions is None else actions[:, k]
+            action = self.policy(obs[::n]) if actions is None else actions[:, k]
+            taken.append(action)
+            action = action.repeat_interleave(n, 0)
             next_obs, features, u = self.model(obs, action)
             reward = self.reward(obs, action, next_obs, features) - self.penalty_coef * u
             # where, not a product: what lies beyond a termination may be anything, even NaN
             total = total + self.discount**k * torch.where(alive > 0, reward, 0.0)
             alive = alive * (~self.terminated(next_obs))
             obs = torch.where(alive.unsqueeze(-1) > 0, next_obs, obs)
-            taken.append(action)
         if self.value is not None:
             total = total + self.discount**self.horizon * torch.where(alive > 0, self.value(obs), 0.0)
+        total = total.view(-1, n).mean(1)
         return torch.stack(taken, 1), torch.where(total.isfinite(), total, -torch.inf)
 
     def _refit(self, mean, std, pool, scores):
@@ -139,64 +140,47 @@ class MPC:
         best = torch.where(scores[:, :1, None].isfinite(), pool[:, 0], elite_mean)
         return best if self.execute == "best" else elite_mean, scores[:, 0]
 
-    def state_dict(self):
-        return {"plan": self._plan, "age": self._age}
-
-    def load_state_dict(self, state):
-        self._plan, self._age = state["plan"], state["age"]
-
     def act(self, obs):
         """obs (B, d) -> action (B, A): plans, warm-started by the last plan shifted by what was executed, every
         `execute_steps` calls."""
-        if self._plan is None or self._stale or self._age >= self.execute_steps:
+        if self._plan is None or self._age >= self.execute_steps:
             start = None
             if self._plan is not None:
                 start = torch.zeros_like(self._plan)
                 start[:, : self.horizon - self._age] = self._plan[:, self._age :]
-            self._plan, self._age, self._stale = self.plan(obs, start)[0], 0, False
+            self._plan, self._age = self.plan(obs, start)[0], 0
         action = self._plan[:, self._age]
         self._age += 1
         return action
 
 
 @torch.no_grad()
-def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf"), restart=None):
+def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf")):
     """Closed-loop trajectories, N at once (section 4.3): in the model, or wherever `step` leads.
 
     Args:
         step: (obs (N, d), action (N, A)) -> next_obs, features, u, such as `WorldModel.step`.
-        act: obs (N, d) -> action (N, A), such as `MPC.act`.
+        act: obs (N, d) -> action (N, A), such as `MPC.act` or a policy.
         start_obs: (N, d). length: steps. max_uncertainty: a trajectory is cut before the step where u exceeds it.
-        restart: rows (n,) -> states (n, d) from which others go on in place of those that have ended, so that every
-            step counts; there are then K >= N trajectories. None: K = N.
 
     Deviation: the paper's filter takes or leaves whole trajectories; cutting keeps the trusted part of one that drifts.
 
-    Returns {key: (K, length, ...)} with obs, action, next_obs, features, uncertainty, terminated and valid: the last
+    Returns {key: (N, length, ...)} with obs, action, next_obs, features, uncertainty, terminated and valid: the last
     is False after a predicted termination and from a cut on. A trajectory that is cut or reaches the last step has not
     terminated.
     """
     rows, obs = [], start_obs
     alive = torch.ones(len(obs), dtype=torch.bool, device=obs.device)
-    first = alive
     for _ in range(length):
         action = act(obs)
         next_obs, features, u = step(obs, action)
         alive = alive & (u <= max_uncertainty)
         ends = alive & terminated(next_obs)
-        rows.append((obs, action, next_obs, features, u, ends, alive, first))
+        rows.append((obs, action, next_obs, features, u, ends, alive))
         alive = alive & ~ends
-        obs, first = next_obs, torch.zeros_like(alive)
-        if restart is not None and not alive.all():
-            first = ~alive
-            over = first.nonzero().flatten()
-            obs, alive = obs.index_copy(0, over, restart(over)), torch.ones_like(alive)
-        elif not alive.any():
+        obs = next_obs
+        if not alive.any():
             break
     keys = ("obs", "action", "next_obs", "features", "uncertainty", "terminated", "valid")
-    *columns, first = (torch.stack(values, 1) for values in zip(*rows))
-    steps = torch.arange(first.shape[1], device=first.device)
-    number = first.flatten().cumsum(0).view_as(first) - 1  # of the trajectory that a step belongs to
-    place = steps - torch.where(first, steps, 0).cummax(1).values  # of the step in it
-    empty = lambda values: values.new_zeros(int(number[-1, -1]) + 1, length, *values.shape[2:])
-    return {key: empty(values).index_put((number, place), values) for key, values in zip(keys, columns)}
+    unseen = lambda x: torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1)
+    return {key: unseen(torch.stack(values, 1)) for key, values in zip(keys, zip(*rows))}

@@ -1,19 +1,25 @@
-"""Every figure, from the CSV files that runs leave.
+"""Every figure and every number, from the CSV files that runs leave.
 
-    python plot.py results/transfer                      learning curves, results/transfer/curves.png, and their table
-    python plot.py results/transfer --published published_curves.csv --reference sac@50000
-    python plot.py results/filter --kind bars            return at the last mark, with the seeds
-    python plot.py results/alpha --kind alpha            alpha and |TD error| over target steps
-    python plot.py results/model --kind model-error      u against the model's true error, from model_error.csv
+    python plot.py results/fig2                       learning curves, results/fig2/curves.png, and their table
+    python plot.py results/fig2 --normalise td3-1m --average iqm         normalised, with a panel over all tasks
+    python plot.py results/fig2 --all-steps           the same over source and target steps together
+    python plot.py results/fig2 --published results/published_curves.csv --reference sac@50000
+    python plot.py results/fig3 results/fig2 --kind bars --phase offline --line wombet     offline, and WOMBET's line
+    python plot.py results/fig5 --kind alpha          alpha and |TD error| over target steps; likewise q-error
+    python plot.py runs/fig2 --kind model-error       u against the model's true error, from model_error.csv
+    python plot.py results --kind summary --out results/summary.csv      the numbers of all topics in results/
 
-A run is a folder <env>__<name>__<seed>: an environment is a panel, runs that share <name> are a group, and a group is
-drawn as the mean over its seeds and a band of one sample standard deviation (n - 1) on each side.
+A run is a folder <env>__<name>__<seed>: an environment is a panel, runs that share <name> are a group. A group is drawn
+as the mean over its seeds with one sample standard deviation (n - 1) on each side, or as the interquartile mean with
+its 95 % stratified bootstrap interval (Agarwal et al. 2021, rliable).
 """
 
 import argparse
 import csv
+import functools
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -31,30 +37,47 @@ STYLE = {"font.size": 9, "axes.titlesize": 10, "xtick.labelsize": 8, "ytick.labe
          "grid.linewidth": 0.6, "axes.axisbelow": True, "pdf.fonttype": 42}
 # the column that counts a phase's steps
 STEPS = {"target": "env_steps", "source": "source_steps", "offline": "updates"}
+MEASURES = ("mean", "std", "iqm", "low", "high")  # the last two: the 95 % interval of iqm
+PUBLISHED = ("method", "env", "env_steps", "seeds", "mean_return", "std_return")
 XLABEL = {"target": "Target environment steps (thousands)", "source": "Source environment steps (thousands)",
           "offline": "Gradient updates on the dataset (thousands)"}
+DRAWN = ("curves", "bars")
 COLUMNS = {"curves": {"return_mean": "Evaluation return"}, "bars": {"return_mean": "Evaluation return"},
-           "alpha": {"alpha": r"Share of $D_S$, $\alpha$", "td_error": "|TD error| (reward)"}}
+           "alpha": {"alpha": r"Share of $D_S$, $\alpha$", "td_error": "|TD error| (reward)"},
+           "q-error": {"q_error": r"$Q(s_0, a_0)$ less the return"}}
+# published returns that count as 0 and 100: a random policy's and a good one's
+SCALES = {"td3-1m": ("TD3 at 1M steps", {"HalfCheetah-v4": (-289.4, 10574), "Hopper-v4": (18.8, 3226),
+                     "Walker2d-v4": (2.8, 3946), "Ant-v4": (-70.3, 3942), "Humanoid-v4": (120.4, 5165)}),
+          "d4rl-v2": ("D4RL's expert, v2", {"HalfCheetah-v4": (-280.18, 12135), "Hopper-v4": (-20.27, 3234.3),
+                      "Walker2d-v4": (1.63, 4592.3), "Ant-v4": (-325.6, 3879.7)})}
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description="Draw the figures from run folders.")
+    parser = argparse.ArgumentParser(description="Draw the figures, and sum up the numbers, from run folders.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run folder, or a folder of run folders")
-    parser.add_argument("--kind", default="curves", choices=(*COLUMNS, "model-error"),
+    parser.add_argument("--kind", default="curves", choices=(*COLUMNS, "model-error", "summary"),
                         help="the figure (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="picture, .png, .pdf or .svg (default: <FOLDER>/<kind>.png)")
+    parser.add_argument("--out", metavar="FILE", help="picture, .png, .pdf or .svg (default: <FOLDER>/<kind>.png); "
+                        "of summary: <FOLDER>/summary.csv")
     parser.add_argument("--names", nargs="+", metavar="NAME[=LABEL]", help="these groups only, in this order, under "
                         "these labels (default: all, by name)")
     parser.add_argument("--phase", default="target", choices=tuple(STEPS), help="the phase drawn, over its own steps "
                         "(default: %(default)s)")
+    parser.add_argument("--all-steps", action=argparse.BooleanOptionalAction, default=False, help="target phase: x is "
+                        "source and target steps together")
+    parser.add_argument("--average", default="mean", choices=("mean", "iqm"), help="mean and standard deviation, or "
+                        "interquartile mean and 95 %% bootstrap interval (default: %(default)s)")
+    parser.add_argument("--normalise", choices=tuple(SCALES), help="curves, bars: 0 is a random policy, 100 is "
+                        "published " + ", ".join(f"{words} ({key})" for key, (words, _) in SCALES.items()) + "; with "
+                        "--average iqm, a panel over all tasks")
+    parser.add_argument("--line", metavar="NAME[=LABEL]", help="bars: a line at this group's last target return")
     parser.add_argument("--per-seed", action=argparse.BooleanOptionalAction, default=False,
-                        help="curves, alpha: a thin line for each seed too")
-    parser.add_argument("--published", metavar="FILE", help="CSV of known results, for --reference; its columns: "
-                        "method, env, env_steps, seeds, mean_return, std_return")
+                        help="not bars: a thin line for each seed too")
+    parser.add_argument("--published", metavar="FILE", help="CSV of known results, for --reference and summary; "
+                        "its columns: " + ", ".join(PUBLISHED))
     parser.add_argument("--reference", nargs="+", default=[], metavar="METHOD[@STEPS]", help="curves, bars: a "
                         "horizontal line at that method's published mean return after so many environment steps; "
                         "curves, without @STEPS: its published curve, with its standard deviation")
-    parser.add_argument("--table", metavar="FILE", help="curves, bars: the printed table as CSV, unrounded")
     return parser
 
 
@@ -90,28 +113,29 @@ def find_runs(folders, filename, names=None):
     runs = {}
     candidates = [[folder / filename, *sorted(folder.glob(f"*/{filename}"))] for folder in map(Path, folders)]
     for path in filter(Path.is_file, sum(candidates, [])):
-        folder = path.resolve().parent.name
-        env, *name, seed = folder.split("__")
+        env, *name, seed = path.resolve().parent.name.split("__")
         if not name:
             raise ValueError(f"{path.parent} is not named <env>__<name>__<seed>")
-        if folder in runs:
-            raise ValueError(f"two runs are named {folder}: plot one folder of them")
-        runs[folder] = (env, "__".join(name), path)
+        runs.setdefault((env, "__".join(name), seed), []).append(path)
     if not runs:
         raise ValueError(f"no runs found: no {filename} in {', '.join(map(str, folders))} or in its subfolders")
-    known = sorted({name for _, name, _ in runs.values()})
+    known = sorted({name for _, name, _ in runs})
     labels = {name: label or name for name, _, label in (item.partition("=") for item in names or known)}
     for name in labels:
         if name not in known:
             raise ValueError(f"no run is named {name}: there are {', '.join(known)}")
-    order = list(labels)
-    runs = sorted((run for run in runs.values() if run[1] in labels), key=lambda run: order.index(run[1]))
-    return [(env, labels[name], path) for env, name, path in runs]
+    for key, paths in runs.items():
+        if key[1] in labels and len(paths) > 1:
+            raise ValueError(f"two runs are named {'__'.join(key)}: plot one folder of them")
+    return [(env, label, path) for wanted, label in labels.items() for (env, name, _), (path, *_) in runs.items()
+            if name == wanted]
 
 
-def curve(run, column, phase):
+def curve(run, column, phase, all_steps=False):
     """Steps (k,), ascending, and values (k,) of a column; where a resumed run repeats a mark, the later row stands."""
-    steps, values = run[STEPS[phase]], run[column]
+    steps, values = run[STEPS[phase]], run.get(column, np.full(len(run["phase"]), np.nan))
+    if all_steps:
+        steps = steps + np.nan_to_num(run["source_steps"])
     keep = (run["phase"] == phase) & np.isfinite(steps) & np.isfinite(values)
     points = sorted(dict(zip(steps[keep], values[keep])).items())
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
@@ -129,42 +153,60 @@ def aggregate(curves):
     return marks, np.stack([np.interp(marks, x, y) for x, y in curves])
 
 
-def mean_std(values):
-    """values (S, m) -> mean (m,) and sample standard deviation (m,) over seeds; of one seed the latter is nan."""
-    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
+def collect(runs, columns, phase, scale, all_steps=False):
+    """Runs -> {env: {label: {column: (marks (m,), group)}}}, group a list of one array (S, m) a task; a run without
+    values of a column is left out.
 
-
-def collect(runs, columns, phase):
-    """Runs -> {env: {label: {column: (marks (m,), values (S, m))}}}; a run without values of a column is left out."""
-    curves, groups = {}, {}
+    The column "normalised" is return_mean, of which SCALES[scale] counts as 0 and 100. Of it there is an entry over
+    all tasks too, under their names joined by "+", for each label that has run on all of them.
+    """
+    curves, groups, notes = {}, {}, set()
     for env, label, path in runs:
-        data = read_columns(path, ("phase", STEPS[phase], *columns), ("phase",))
+        data = read_columns(path, ("phase", STEPS[phase], *["source_steps"] * all_steps), ("phase",))
+        if env in SCALES[scale][1] and "return_mean" in data:
+            data["normalised"] = normalise(data["return_mean"], *SCALES[scale][1][env])
         for column in columns:
-            curves.setdefault((env, label, column), []).append(curve(data, column, phase))
+            points = curve(data, column, phase, all_steps)
+            if len(points[0]):
+                curves.setdefault((env, label, column), [[]])[0].append(points)
+    scaled = [(env, label) for env, label, column in curves if column == "normalised"]
+    tasks = sorted({env for env, _ in scaled})
+    for label in dict.fromkeys(label for _, label in scaled) if len(tasks) > 1 else ():
+        if all((env, label) in scaled for env in tasks):
+            curves["+".join(tasks), label, "normalised"] = [curves[env, label, "normalised"][0] for env in tasks]
+        else:
+            notes.add(f"{label} is not in what is over all tasks: it has not run on each of {', '.join(tasks)}")
     for (env, label, column), seeds in curves.items():
-        seeds = [seed for seed in seeds if len(seed[0])]
-        if seeds:
-            marks, values = aggregate(seeds)
-            if not len(marks):
-                raise ValueError(f"the seeds of {env} {label} share no {phase} steps")
-            longest = max(x[-1] for x, _ in seeds)
-            if marks[-1] < longest:
-                print(f"note: {env} {label}: {column} ends at {marks[-1]:g} of {longest:g} steps, as its shortest seed",
-                      file=sys.stderr)
-            groups.setdefault(env, {}).setdefault(label, {})[column] = (marks, values)
-    if not groups:
-        raise ValueError(f"nothing to draw: no run has {' or '.join(columns)} in its {phase} phase")
-    return dict(sorted(groups.items()))
+        flat = sum(seeds, [])
+        marks, values = aggregate(flat)
+        if not len(marks):
+            raise ValueError(f"the seeds of {env} {label} share no {phase} steps")
+        longest = max(x[-1] for x, _ in flat)
+        if marks[-1] < longest:
+            notes.add(f"{env} {label} ends at {marks[-1]:g} of {longest:g} steps, as its shortest seed")
+        group = np.split(values, np.cumsum([len(task) for task in seeds])[:-1])
+        groups.setdefault(env, {}).setdefault(label, {})[column] = (marks, group)
+    for note in sorted(notes):
+        print(f"note: {note}", file=sys.stderr)
+    return dict(sorted(groups.items(), key=lambda item: ("+" in item[0], item[0])))
 
 
-def read_references(path, wanted, envs, kind):
+def normalise(returns, low, high):
+    """Returns, of which `low` counts as 0 and `high` as 100."""
+    return 100 * (returns - low) / (high - low)
+
+
+def read_references(path, wanted, envs, kind, scale=None):
     """METHOD@STEPS and METHOD strings -> {legend label: {env: (steps, means, stds), an array each}}, for those of
-    `envs` that the file knows; of METHOD@STEPS one step, of METHOD (kind "curves" only) all."""
+    `envs` that the file knows; of METHOD@STEPS one step, of METHOD (kind "curves" only) all. In units of `scale`."""
     if wanted and not path:
         raise ValueError("--reference reads a CSV of known results: give --published FILE")
-    references, needed = {}, ("method", "env", "env_steps", "seeds", "mean_return", "std_return")
-    table = read_columns(path, needed, ("method", "env")) if wanted else {}
-    rows = [row for row in zip(*(table[column] for column in needed)) if row[1] in envs] if wanted else []
+    references, rows, ends = {}, [], SCALES[scale][1] if scale else dict.fromkeys(envs, (0, 100))
+    table = read_columns(path, PUBLISHED, PUBLISHED[:2]) if wanted else dict.fromkeys(PUBLISHED, ())
+    for method, env, step, seeds, mean, std in zip(*(table[column] for column in PUBLISHED)):
+        if env in envs:
+            low, high = ends[env]
+            rows.append((method, env, step, seeds, normalise(mean, low, high), normalise(std, 0, high - low)))
     for want in wanted:
         at = "@" in want
         found = [row for row in rows if want.lower() == (f"{row[0]}@{row[2]:.0f}" if at else row[0]).lower()]
@@ -177,6 +219,47 @@ def read_references(path, wanted, envs, kind):
         references[label] = {env: np.array(sorted((row[2], *row[4:]) for row in found if row[1] == env)).T
                              for env in {row[1] for row in found}}
     return references
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+# a group is a list of arrays (..., S, m), one a task: S seeds, m marks
+
+
+def iqm(group):
+    """Interquartile mean (..., m) over all seeds of all tasks; the quarter cut at either end is rounded down."""
+    values = np.sort(np.concatenate(group, -2), -2)
+    cut = values.shape[-2] // 4
+    return values[..., cut : values.shape[-2] - cut, :].mean(-2)
+
+
+def improvement(ours, theirs):
+    """Probability (..., m) that a run of ours is above one of theirs, a tie half: by task, then the tasks' mean."""
+    wins = [np.sign(x[..., :, None, :] - y[..., None, :, :]) / 2 + 0.5 for x, y in zip(ours, theirs)]
+    return np.mean([win.mean((-3, -2)) for win in wins], axis=0)
+
+
+def steps_to_reach(marks, ours, theirs):
+    """The first of marks (m,) at which our mean is at or above theirs, which is of one mark; inf where none is."""
+    reached = np.concatenate(ours, -2).mean(-2) >= np.concatenate(theirs, -2).mean(-2)
+    return np.where(reached.any(-1), marks[reached.argmax(-1)], np.inf)
+
+
+def interval(statistic, *groups, samples=2000):
+    """95 % interval (low, high) of statistic(*groups), by percentiles of a stratified bootstrap: the seeds of each task
+    are drawn anew, with replacement. nan where a task has one seed."""
+    if min(len(values) for group in groups for values in group) < 2:
+        return np.full((2, *statistic(*groups).shape), np.nan)
+    rng = np.random.default_rng(0)
+    drawn = [[x[rng.integers(len(x), size=(samples, len(x)))] for x in group] for group in groups]
+    return np.percentile(statistic(*drawn), (2.5, 97.5), axis=0, method="nearest")  # no mean of a step and inf
+
+
+def statistics(group):
+    """mean, sample standard deviation, interquartile mean and its interval, each (m,). The second is over the seeds of
+    one task: nan with one seed, and over several tasks."""
+    values = np.concatenate(group)
+    std = values.std(0, ddof=1) if len(values) > 1 and len(group) == 1 else np.full(values.shape[1], np.nan)
+    return values.mean(0), std, iqm(group), *interval(iqm, group)
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -207,6 +290,9 @@ def reference_style(i):
     return {"color": "#555555", "linestyle": ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))[i % 3], "lw": 1.2}
 
 
+LINE = {"color": "#CC0000", "linestyle": "--", "lw": 1.4}  # WOMBET's, as in the paper's figure 3
+
+
 def draw_reference(ax, points, look):
     """A published mean (steps, means, stds) as a horizontal line, or several as a curve up to where ax ends."""
     steps, means, stds = points
@@ -220,24 +306,30 @@ def draw_reference(ax, points, look):
     ax.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.12, lw=0)
 
 
-def draw_curves(ax, marks, values, look, per_seed):
-    """Mean and band of values (S, m) over marks (m,), shown in thousands of steps."""
-    (mean, std), x = mean_std(values), marks / 1000
-    ax.plot(x, mean, lw=1.6, ms=4, markevery=max(1, len(x) // 10), zorder=3, **look)
-    ax.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.18, lw=0)
-    if per_seed:
-        ax.plot(x, values.T, color=look["color"], lw=0.6, alpha=0.6)
+def band(group, average):
+    """Centre, low and high (m,) of what is drawn."""
+    mean, std, *interquartile = statistics(group)
+    return (mean, mean - std, mean + std) if average == "mean" else interquartile
 
 
-def draw_bars(ax, groups, labels):
-    """Mean, standard deviation and seeds (dots) of each group {label: (marks (m,), values (S, m))} at its last mark."""
+def draw_curves(ax, marks, group, look, args):
+    """Centre and band over marks (m,), shown in thousands of steps."""
+    (centre, low, high), x = band(group, args.average), marks / 1000
+    ax.plot(x, centre, lw=1.6, ms=4, markevery=max(1, len(x) // 10), zorder=3, **look)
+    ax.fill_between(x, low, high, color=look["color"], alpha=0.18, lw=0)
+    if args.per_seed:
+        ax.plot(x, np.concatenate(group).T, color=look["color"], lw=0.6, alpha=0.6)
+
+
+def draw_bars(ax, groups, labels, args):
+    """Centre, band and seeds (dots) of each {label: (marks (m,), group)} at its last mark."""
     present = [label for label in labels if label in groups]
     ends = [groups[label][0][-1] / 1000 for label in present]
     for i, label in enumerate(present):
-        values, look = groups[label][1][:, -1:], style(labels.index(label))
-        mean, std = mean_std(values)
-        ax.bar(i, mean, width=0.65, color=look["color"], alpha=0.55)
-        ax.errorbar(i, mean, yerr=std, color="black", capsize=4, lw=1.2)
+        group, look = [values[:, -1:] for values in groups[label][1]], style(labels.index(label))
+        (centre, low, high), values = band(group, args.average), np.concatenate(group)
+        ax.bar(i, centre, width=0.65, color=look["color"], alpha=0.55)
+        ax.errorbar(i, centre, yerr=(centre - low, high - centre), color="black", capsize=4, lw=1.2)
         ax.scatter(i + np.linspace(-0.2, 0.2, len(values) + 2)[1:-1], values, s=16, color="white", edgecolor="black",
                    lw=0.9, marker=look["marker"], zorder=3)
     alike = len(set(ends)) == 1
@@ -246,46 +338,61 @@ def draw_bars(ax, groups, labels):
     ax.set_xlim(middle - half, middle + half)
     ax.grid(False, axis="x")
     ax.axhline(0, color="black", lw=0.8)
-    ax.set_title(ax.get_title() + (f" at {ends[0]:g}k steps" if alike else ", each at its last mark"))
+    unit = "updates" if args.phase == "offline" else "steps"
+    ax.set_title(ax.get_title() + (f" at {ends[0]:g}k {unit}" if alike else ", each at its last mark"))
 
 
 def plot_runs(args):
-    """Curves, bars or alpha: a panel per environment and column -> figure, table rows (env, name, steps, mean, ...)."""
-    columns = COLUMNS[args.kind]
+    """Curves, bars or traces: a panel per environment and column -> figure, table rows (env, name, step, *MEASURES)."""
+    columns, scale = COLUMNS[args.kind], args.normalise or "td3-1m"
+    if args.normalise:
+        columns = {"normalised": f"Normalised return\n(100: {SCALES[scale][0]})"}
     runs = find_runs(args.folders, "progress.csv", args.names)
-    groups = collect(runs, columns, args.phase)
+    groups = collect(runs, columns, args.phase, scale, args.all_steps)
+    if args.average == "mean":  # over tasks there is no standard deviation to show
+        groups = {env: group for env, group in groups.items() if "+" not in env}
+    if not groups:
+        raise ValueError(f"nothing to draw: no run has {' or '.join(columns)} in its {args.phase} phase")
     drawn = {name for env in groups.values() for name in env}
     labels = [name for name in dict.fromkeys(name for _, name, _ in runs) if name in drawn]
-    references = read_references(args.published, args.reference, list(groups), args.kind)
+    envs = [env for env in groups if "+" not in env]
+    references = read_references(args.published, args.reference, envs, args.kind, args.normalise)
+    lines = collect(find_runs(args.folders, "progress.csv", [args.line]), columns, "target", scale) if args.line else {}
     legend = []
     for i, name in enumerate(labels):
-        n = sorted({len(values) for env in groups.values() for _, values in env.get(name, {}).values()})
+        n = sorted({len(task) for env in groups.values() for _, group in env.get(name, {}).values() for task in group})
         seeds = f"{n[0]} seed{'s' if n[0] > 1 else ''}" if len(n) == 1 else f"{n[0]} to {n[-1]} seeds"
         look = {**style(i), "linestyle": "", "ms": 8} if args.kind == "bars" else {**style(i), "ms": 4.5}
         legend.append(Line2D([], [], lw=1.6, label=f"{name} ({seeds})", **look))
     legend += [Line2D([], [], label=label, **reference_style(i)) for i, label in enumerate(references)]
+    if lines:
+        legend.append(Line2D([], [], label=f"{args.line.split('=')[-1]}, last target return", **LINE))
     fig, axes = new_figure(len(groups), legend, len(columns), height=1.9 if len(columns) > 1 else 2.6)
     table = []
-    for j, (env, group) in enumerate(groups.items()):
-        axes[0, j].set_title(env)
+    for j, (env, panel) in enumerate(groups.items()):
+        axes[0, j].set_title(f"All {env.count('+') + 1} tasks" if "+" in env else env)
         for ax, (column, title) in zip(axes[:, j], columns.items()):
-            series = {name: group[name][column] for name in labels if column in group.get(name, {})}
+            series = {name: panel[name][column] for name in labels if column in panel.get(name, {})}
             if args.kind == "bars":
-                draw_bars(ax, series, labels)
+                draw_bars(ax, series, labels, args)
             else:
-                for name, (marks, values) in series.items():
-                    draw_curves(ax, marks, values, style(labels.index(name)), args.per_seed)
+                for name, (marks, group) in series.items():
+                    draw_curves(ax, marks, group, style(labels.index(name)), args)
                 if args.kind == "alpha":
                     ax.set_ylim(bottom=0)
-                axes[-1, j].set_xlabel(XLABEL[args.phase])
+                axes[-1, j].set_xlabel("Source and target steps (thousands)" if args.all_steps else XLABEL[args.phase])
             for i, points in enumerate(references.values()):
                 if env in points:
                     draw_reference(ax, points[env], reference_style(i))
-            ax.set_ylabel(title if j == 0 or len(columns) == 1 and j % 3 == 0 else "")
-            for name, (marks, values) in series.items():
-                rows = [(env, name, *numbers, len(values)) for numbers in zip(marks, *mean_std(values))]
+            for marks, group in (line[column] for line in lines.get(env, {}).values()):
+                centre, low, high = (values[-1] for values in band(group, args.average))
+                ax.axhline(centre, **LINE)
+                ax.axhspan(low, high, color=LINE["color"], alpha=0.12, lw=0)
+            ax.set_ylabel(title if ax.get_subplotspec().is_first_col() else "")
+            for name, (marks, group) in series.items():
+                rows = [(env, name, *numbers, min(map(len, group))) for numbers in zip(marks, *statistics(group))]
                 table += rows[-1:] if args.kind == "bars" else rows
-    return fig, table if args.kind != "alpha" else []
+    return fig, table if args.kind in DRAWN else []
 
 
 def spearman(x, y):
@@ -329,19 +436,74 @@ def plot_model_error(args):
     return fig, []
 
 
-def print_table(table, phase, out=None):
-    """Rows (env, name, steps, mean, std, seeds) to stdout, and unrounded to the CSV file `out`."""
-    header = ("env", "name", STEPS[phase], "mean", "std", "seeds")
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "w", newline="") as file:
-            csv.writer(file).writerows([header, *((env, name, f"{x:.0f}", m, "" if np.isnan(s) else s, n)
-                                                  for env, name, x, m, s, n in table)])
-    text = [header, *((env, name, f"{x:.0f}", f"{m:.2f}", "-" if np.isnan(s) else f"{s:.2f}", f"{n}")
-                      for env, name, x, m, s, n in table)]
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def write_csv(path, rows):
+    """Rows to a CSV file: floats with eight digits, nan as an empty cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            ["" if x != x else f"{x:.8g}" if isinstance(x, float) else x for x in row] for row in rows)
+
+
+def print_table(rows):
+    """A header and rows of two words, a step, measures and a number of seeds, in columns."""
+    text = [[str(x) if i > 7 or isinstance(x, str) else "-" if x != x else f"{x:.{0 if i == 2 else 2}f}"
+             for i, x in enumerate(row)] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*text)]
     for row in text:
         print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+
+
+def summarise(args):
+    """Every number of the topics (folders of run folders) in or among args.folders -> rows, a header first.
+
+    WOMBET is compared with every other group of a topic, and is fig2's where the topic has none; in the topic shift,
+    where each group has a source task of its own, with <group>-control and with fig2's scratch.
+    """
+    scale = args.normalise or "td3-1m"
+    columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error"}
+    folders = [place for folder in map(Path, args.folders) for place in (folder, *sorted(folder.glob("*/")))]
+    topics = {place.resolve().name: find_runs([place], "progress.csv") for place in folders
+              if any(place.glob("*/progress.csv"))}
+    if not topics:
+        raise ValueError(f"no runs found: no <topic>/<run>/progress.csv in {', '.join(args.folders)}")
+    found = {(topic, phase): collect(runs, columns, phase, scale) for topic, runs in topics.items()
+             for phase in ("target", "offline")}
+    rows = [("topic", "phase", "env", "method", "quantity", "step", *MEASURES, "seeds")]
+    for (topic, phase), envs in found.items():
+        for env, labels in envs.items():
+            rows += [(topic, phase, env, label, columns[column], *numbers, min(map(len, group)))
+                     for label, series in labels.items() for column, (marks, group) in series.items()
+                     for numbers in zip(marks, *statistics(group))]
+            known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
+            pairs = [("wombet", label) for label in labels] if topic != "shift" else [
+                (label, rival) for label in labels for rival in (f"{label}-control", "scratch") if "-" not in label]
+            for name, rival in pairs:
+                column = "normalised" if "+" in env else "return_mean"
+                ours, theirs = known.get(name, {}).get(column), {**known, **labels}.get(rival, {}).get(column)
+                if ours and theirs and name != rival:
+                    rows += [(topic, phase, env, name, f"{words} {rival}@{mark:.0f}", step, value, math.nan, math.nan,
+                              *ends, min(map(len, ours[1] + theirs[1])))
+                             for words, mark, step, value, *ends in compare(ours, theirs, phase == "target")]
+    if args.published:
+        table = read_columns(args.published, PUBLISHED, PUBLISHED[:2])
+        rows += [("published", "target", env, method, "return", step, mean, std, *3 * [math.nan], int(seeds))
+                 for method, env, step, seeds, mean, std in zip(*(table[column] for column in PUBLISHED))]
+    return rows
+
+
+def compare(ours, theirs, same_steps):
+    """Two (marks (m,), group) -> (words, their mark, our mark, value, low, high) of each comparison: who is better at
+    the last mark of both (if they count the same steps) and at the last of each, and when we are where they end."""
+    (marks, our_group), (their_marks, their_group) = ours, theirs
+    common = sorted(set(marks) & set(their_marks))[-1:] if same_steps else []
+    for mine, other in dict.fromkeys([*zip(common, common), (marks[-1], their_marks[-1])]):
+        at = [x[:, marks == mine] for x in our_group], [x[:, their_marks == other] for x in their_group]
+        yield "probability of improvement on", other, mine, improvement(*at)[0], *interval(improvement, *at)[:, 0]
+    first, goal = functools.partial(steps_to_reach, marks), [values[:, -1:] for values in their_group]
+    yield "steps to reach", other, mine, float(first(our_group, goal)), *interval(first, our_group, goal)
 
 
 def write_gif(frames, path, size=240, milliseconds=40):
@@ -352,19 +514,44 @@ def write_gif(frames, path, size=240, milliseconds=40):
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 
 
+def check_writable(path, endings):
+    """Refuses a file that could not be written, before the work, and leaves nothing behind."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"cannot write {path}: give a name that ends in {' or '.join(endings)}")
+    try:
+        if path.parent.is_dir():
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()
+        else:
+            tempfile.TemporaryFile(dir=next(place for place in path.absolute().parents if place.exists())).close()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}: give another place") from None
+
+
 def main(argv=None):
     """Draws what argv asks for; returns 0, or 2 after one line on stderr for bad input."""
     args = build_parser().parse_args(argv)
     try:
-        if args.kind not in ("curves", "bars") and (args.reference or args.table):
-            raise ValueError("--reference and --table go with --kind curves and bars only")
-        out = Path(args.out or Path(args.folders[0]) / f"{args.kind}.png")
-        with matplotlib.rc_context(STYLE):
-            fig, table = plot_model_error(args) if args.kind == "model-error" else plot_runs(args)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(out, dpi=200)
-        if table:
-            print_table(table, args.phase, args.table)
+        for flag, given, kinds in (("--names", args.names, ("model-error", *COLUMNS)), ("--line", args.line, ("bars",)),
+                                   ("--reference", args.reference, DRAWN),
+                                   ("--normalise", args.normalise, ("summary", *DRAWN))):
+            if given and args.kind not in kinds:
+                raise ValueError(f"{flag} goes with --kind {' and '.join(kinds)} only")
+        if args.all_steps and args.phase != "target":
+            raise ValueError("--all-steps goes with --phase target only")
+        summary = args.kind == "summary"
+        out = Path(args.out or Path(args.folders[0]) / f"{args.kind}.{'csv' if summary else 'png'}")
+        check_writable(out, (".csv",) if summary else (".png", ".pdf", ".svg"))
+        if summary:
+            write_csv(out, summarise(args))
+        else:
+            with matplotlib.rc_context(STYLE):
+                fig, table = plot_model_error(args) if args.kind == "model-error" else plot_runs(args)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                fig.savefig(out, dpi=200)
+            print_table([("env", "name", STEPS[args.phase], *MEASURES, "seeds"), *table] if table else [])
     except (ValueError, OSError, csv.Error) as error:
         print(f"plot.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

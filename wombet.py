@@ -4,9 +4,10 @@
 
 1. Source    an agent learns in the source task; its real transitions train a probabilistic ensemble (section 4.1).
 2. Generate  uncertainty-penalised MPC acts inside that model (eqs. 1 to 5); what passes the dual filter (eq. 6) is
-             relabelled with the target's reward and becomes, beside the real source data, D_S (section 4.3).
-3. Target    the source's agent goes on learning online, from alpha D_S + (1 - alpha) D_T (sections 4.4 to 4.6);
-             every --refit-every steps the model is refit on all real data and step 2 adds to D_S.
+             relabelled with the target's reward: the first D_S (section 4.3).
+3. Target    the source's agent goes on learning online, from alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6).
+             Every --imagine-every steps it is rolled out in the model under the target's reward, and D_S keeps the
+             newest; every --refit-every steps the model is refit on all real data.
 
 The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this file wires them. What it shares with
 the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
@@ -25,12 +26,13 @@ import numpy as np
 import torch
 
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
-from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
+from filter import MODES, accept, met_threshold, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, must_fit, load,
-                 load_dataset, load_log_and_generators, log_and_generators, require, new_parser, nonnegative, open_run,
-                 percent, positive, read_config, read_flags, recent_return, run_program, save, save_dataset, fraction,
-                 show, source_quantities, stop_if_not_finite, store_step, write_config)
+from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
+                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
+                     nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return, require,
+                     require_memory, run_program, same_flags, save, save_dataset, show, some_path, source_quantities,
+                     stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 
@@ -39,25 +41,48 @@ from world_model import WorldModel
 
 def build_parser():
     parser, g = new_parser(__doc__, "wombet")
-    g.add_argument("--source-steps", type=count, default=20_000, help="environment steps in the source task")
+    g.add_argument("--source-steps", type=count, default=50_000, help="environment steps in the source task")
     g.add_argument("--target-steps", type=count, default=25_000, help="environment steps in the target task")
 
-    g = parser.add_argument_group("world model (section 4.1)")
-    g.add_argument("--members", type=count, default=5, help="ensemble members E")
-    g.add_argument("--model-hidden", type=count, default=200, help="width of a hidden layer")
-    g.add_argument("--model-layers", type=count, default=3, help="hidden layers")
-    g.add_argument("--model-lr", type=positive, default=1e-3, help="learning rate")
-    g.add_argument("--model-batch-size", type=count, default=256, help="transitions per member in a gradient step")
-    g.add_argument("--model-epochs", type=count, default=60, help="most epochs of the first fit")
-    g.add_argument("--refit-epochs", type=count, default=10, help="most epochs of a later, warm-started fit")
-    g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
+    g = parser.add_argument_group("transfer (section 4.6)")
+    g.add_argument("--preset", choices=("paper",), help="paper: the literal method; flags given beside it win")
+    g.add_argument("--prior", **SWITCH, default=True, help="transfer; --no-prior: learn from scratch in the target")
+    g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
+    g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
+    g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
+    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
+    g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
+    g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
+    g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
+    g.add_argument("--alpha-min", type=fraction, default=0.05, help="lower end of alpha")
+    g.add_argument("--alpha-max", type=fraction, default=0.5, help="upper end of alpha")
+    g.add_argument("--alpha-ema", type=fraction, default=0.005, help="rate of the TD error's running mean, per step")
+    g.add_argument("--td-error", default="absolute", choices=("absolute", "signed"), help="signed: the paper's formula")
 
-    g = parser.add_argument_group("source exploration")
-    g.add_argument("--explore", default="policy", choices=("policy", "mpc", "mix"), help="who acts in the source task")
-    g.add_argument("--mpc-every", type=count, default=4, help="with --explore mix: one episode in so many is MPC's")
-    g.add_argument("--explore-refit-every", type=count, default=2500, help="source steps between fits for MPC episodes")
-    g.add_argument("--snapshot-window", type=amount, default=2000, help="steps of training episodes that the source "
-                   "agent to go on with is chosen by, the one of the highest mean return; 0: the last agent")
+    g = parser.add_argument_group("imagining in the target task (sections 4.1 and 4.3)")
+    g.add_argument("--imagine-every", type=amount, default=250, help="target steps between rounds; 0: the first alone")
+    g.add_argument("--imagine-with", default="policy", choices=("policy", "mpc"), help="policy: the present agent, under "
+                   "the target's reward; mpc: as the first D_S")
+    g.add_argument("--rollouts", type=count, default=2000, help="the policy's rollouts in a round")
+    g.add_argument("--rollout-length", type=count, default=5, help="their length, steps")
+    g.add_argument("--offline-capacity", type=count, default=50_000, help="transitions in D_S, which keeps the newest")
+    g.add_argument("--refit-every", type=amount, default=1000, help="target steps between fits of the model; 0: none")
+    g.add_argument("--refit-epochs", type=count, default=3, help="most epochs of such a fit, a warm start")
+    g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit the model on D_S too")
+
+    g = parser.add_argument_group("the first D_S: generating and filtering (section 4.3, eq. 6)")
+    g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
+    g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories in a round of MPC")
+    g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
+    g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets; others: source data")
+    g.add_argument("--trust-percentile", type=percent, default=99.0, help="what is imagined is cut where u is above that "
+                   "percentile of u on real data; 0: never")
+    g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
+    g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
+    g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
+    g.add_argument("--return-threshold", type=real, help="J_th itself, discounted source return")
+    g.add_argument("--u-threshold", type=real, help="u_th itself")
 
     g = parser.add_argument_group("planning (section 4.2, eqs. 1 to 5)")
     g.add_argument("--horizon", type=count, default=5, help="H, steps planned ahead")
@@ -70,24 +95,22 @@ def build_parser():
     g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates")
     g.add_argument("--execute", default="mean", choices=("mean", "best"), help="plan executed: elites' mean or best")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
+    g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
+                   "moves a candidate, or each member does and returns are averaged")
     g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
-    g.add_argument("--plan-dtype", default="float32", choices=("float32", "bfloat16"), help="the model's, in planning")
-    g.add_argument("--collect-penalty-coef", type=nonnegative, default=0.0, help="lambda while collecting source data")
-    g.add_argument("--plan-penalty-coef", type=nonnegative, default=20.0, help="lambda for generating D_S")
+    g.add_argument("--plan-penalty-coef", type=nonnegative, default=4.0, help="lambda of eqs. 3 to 5")
 
-    g = parser.add_argument_group("generating and filtering D_S (section 4.3, eq. 6)")
-    g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
-    g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories per round")
-    g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
-    g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets; others: source data")
-    g.add_argument("--restart", **SWITCH, default=False, help="start others in place of trajectories that end early")
-    g.add_argument("--trust-percentile", type=percent, default=95.0, help="cut beyond it, of u on source data; 0: no")
-    g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
-    g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
-    g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
-    g.add_argument("--return-threshold", type=float, help="J_th itself, discounted source return")
-    g.add_argument("--u-threshold", type=float, help="u_th itself")
+    g = parser.add_argument_group("world model (section 4.1)")
+    g.add_argument("--members", type=count, default=5, help="ensemble members E")
+    g.add_argument("--model-hidden", type=count, default=200, help="width of a hidden layer")
+    g.add_argument("--model-layers", type=count, default=3, help="hidden layers")
+    g.add_argument("--model-lr", type=positive, default=1e-3, help="learning rate")
+    g.add_argument("--model-batch-size", type=count, default=256, help="transitions per member in a gradient step")
+    g.add_argument("--model-epochs", type=count, default=60, help="most epochs of the first fit")
+    g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
+    g.add_argument("--coverage", type=fraction, default=0.95, help="share of held-out transitions whose error u is scaled "
+                   "to cover; 0: not scaled")
 
     g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
     g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
@@ -102,53 +125,61 @@ def build_parser():
     g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
-    g.add_argument("--target-entropy", type=float, help="nats (default: -action dimension / 2)")
+    g.add_argument("--target-entropy", type=real, help="nats; unless given, -action dimension / 2")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
-    g.add_argument("--target-penalty-coef", type=nonnegative, default=1.0, help="lambda of eq. 7, on D_S samples")
-    g.add_argument("--update-dtype", default="float32", choices=("float32", "bfloat16"), help="of products in learning")
-    g.add_argument("--compile", **SWITCH, default=False, help="torch.compile the gradients: faster after half a minute")
+    g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
+    # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
+    g.add_argument("--target-penalty-coef", type=nonnegative, default=2.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
-
-    g = parser.add_argument_group("transfer (section 4.6)")
-    g.add_argument("--prior", **SWITCH, default=True, help="learn from D_S; --no-prior: from scratch")
-    g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
-    g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
-    g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
-    g.add_argument("--keep-source-data", **SWITCH, default=True, help="D_S holds the source's real data too")
-    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
-    g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
-    g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed")
-    g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="alpha = clip(gain * |TD error|, min, max)")
-    g.add_argument("--alpha-min", type=fraction, default=0.05, help="lower end of alpha")
-    g.add_argument("--alpha-max", type=fraction, default=0.5, help="upper end of alpha")
-    g.add_argument("--alpha-ema", type=fraction, default=0.005, help="rate of the |TD error|'s running mean, per step")
-    g.add_argument("--refit-every", type=amount, default=10_000, help="target steps between rounds; 0: one round only")
-    g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit the model on D_S too")
+    g.add_argument("--snapshot-window", type=amount, default=2000, help="steps of training episodes that the source "
+                   "agent to go on with is chosen by, the one of the highest mean return; 0: the last agent")
     return parser
+
+
+# --preset paper: the literal reading; each is a numbered row of the README's table of departures
+PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", "imagine_every": 10_000,
+         "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000, "refit_on_imagined": True,
+         "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15, "population": 128, "elites": 16,
+         "iterations": 3, "init_std": 0.5, "expectation": "members", "uncertainty": "variance", "coverage": 0.0,
+         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "min_critics": 5, "actor_q": "min",
+         "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False, "snapshot_window": 0,
+         "td_error": "signed"}
 
 
 def check_args(args):
     require(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
+    require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
+            f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
     require(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
     require(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
     require(args.horizon <= args.imagined_length,
-         f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
+            f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
     require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
+    largest = max(args.imagined_trajectories * args.imagined_length, args.rollouts * args.rollout_length)
+    require(largest <= args.offline_capacity,
+            f"--offline-capacity {args.offline_capacity} does not hold a round of {largest} imagined transitions")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
         steps = vars(args)[f"{where}_steps"]
-        require(args.random_steps < steps, f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} to "
-             "learn in")
-    require(not (args.restart and args.generate_in == "env"), "--restart is for --generate-in model alone")
+        require(args.random_steps < steps, f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} "
+                "to learn in")
     require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     require(args.prior or not (args.offline_data or args.source_run),
-         "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
+            "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
+    require(args.prior or not args.pretrain_updates, "--pretrain-updates needs data: not with --no-prior")
+
+
+ANEW = ("source_steps", "target_steps", "lr", "model_lr")  # what --resume takes and heeds, beside harness.ANEW
 
 
 def parse_args(argv=None):
     """This program's flags; bad ones raise ValueError."""
-    return read_flags(argv, build_parser(), check_args)
+    parser, first = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", nargs="?")
+    if first.parse_known_args(argv)[0].preset == "paper":
+        parser.set_defaults(**PAPER)
+    return read_flags(argv, parser, check_args, ANEW)
 
 
 # --------------------------------------------------------------------------------------------------------------- set-up
@@ -157,112 +188,133 @@ def parse_args(argv=None):
 def build(args, run_dir):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
-    run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"), episodes=0, fitted_at=0,
-                          phase="source" if args.prior else "target", thresholds=None, acceptance=None,
+    learns_source = args.prior and not args.offline_data
+    pooled = args.source_steps if learns_source and args.keep_source_data else 0
+    require_memory(args, TaskEnv(args.env, max_steps=args.episode_steps), **{
+        "offline_capacity": learns_source * args.offline_capacity,
+        "source_steps": learns_source * args.source_steps + pooled})
+    run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
+                          phase="source" if args.prior else "pretrain", thresholds=None, acceptance=None,
                           best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
 
-    def side(source, steps, offset):
+    def side(source, capacity, offset):
         """One task's environments, agent and data."""
-        make_env = functools.partial(TaskEnv, args.env, source, **(source_quantities(args) if source else {}))
+        make_env = functools.partial(TaskEnv, args.env, source, max_steps=args.episode_steps,
+                                     **(source_quantities(args) if source else {}))
         env = make_env(seed=2 * args.seed + offset)
         evaluation = [make_env() for _ in range(args.eval_episodes)]
         agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics,
                     hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
-                    backup_entropy=args.backup_entropy, actor_q=args.actor_q, actor_average=args.actor_average,
-                    penalty_coef=args.target_penalty_coef, dtype=args.update_dtype, compile=args.compile,
-                    device=args.device)
+                    backup_entropy=args.backup_entropy, actor_entropy=args.actor_entropy, actor_q=args.actor_q,
+                    actor_average=args.actor_average, penalty_coef=args.target_penalty_coef,
+                    dtype=args.speed["dtype"], compile=args.speed["compile"], device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
-                               buffer=ReplayBuffer(steps, args.device, **env.shapes), planned=False)
+                               buffer=ReplayBuffer(capacity, args.device, **env.shapes))
 
-    run.target = side(None, args.target_steps, 0)
+    run.pooled = pooled  # how many of the first rows in the target's buffer are the source's
+    run.target = side(None, pooled + args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
-                          args.alpha if args.alpha_rule == "fixed" else None)
-    run.offline_data = run.source = run.model = run.explorer = None
+                          args.alpha if args.alpha_rule == "fixed" else None, args.td_error == "signed")
+    run.offline_data = run.source = run.model = None
     env = run.target.env
     if args.offline_data:
-        run.offline_data = load_dataset(args.offline_data, args.device, **env.shapes)
+        run.offline_data = load_dataset(args.offline_data, args.device, env.action_scale, **env.shapes)
         run.phase = "pretrain"
-    elif args.prior:
+    elif learns_source:
         run.source = side(args.source, args.source_steps, 1)
         run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
                                hidden=args.model_hidden, layers=args.model_layers,
-                               uncertainty_kind=args.uncertainty, inference_dtype=args.plan_dtype,
-                               fit_dtype=args.update_dtype, compile=args.compile).to(args.device)
-        rounds = 1 + (args.target_steps // args.refit_every if args.refit_every else 0)
-        size = rounds * args.imagined_trajectories * args.imagined_length + args.keep_source_data * args.source_steps
-        run.offline_data = ReplayBuffer(size, args.device, **env.shapes)
-        run.explorer = planner(run, args.collect_penalty_coef)
+                               uncertainty_kind=args.uncertainty, coverage=args.coverage,
+                               inference_dtype=args.speed["dtype"], fit_dtype=args.speed["dtype"],
+                               compile=args.speed["compile"]).to(args.device)
+        run.offline_data = ReplayBuffer(args.offline_capacity, args.device, **env.shapes)
     return run
 
 
-def planner(run, penalty_coef):
+def planner(run):
     """MPC in the world model under the source task's reward, guided by the source agent."""
-    args, source, task = run.args, run.source, run.source.env.task
-    # Deviation: two lambdas, for a penalty while collecting suppresses the exploration that the model needs
-    return MPC(run.model.step, task.reward, task.terminated, source.env.action_dim, horizon=args.horizon,
-               population=args.population, elites=args.elites, iterations=args.iterations, momentum=args.momentum,
-               init_std=args.init_std, noise_beta=args.noise_beta, keep_elites=args.keep_elites,
-               discount=args.discount, penalty_coef=penalty_coef, execute=args.execute,
-               execute_steps=args.replan_every, policy=source.agent.propose if args.guide else None,
-               policy_samples=args.policy_samples, value=source.agent.value if args.guide else None)
+    args, source, model, task = run.args, run.source, run.model, run.source.env.task
+    members = args.expectation == "members"
+    return MPC(model.member_step if members else model.step, task.reward, task.terminated, source.env.action_dim,
+               horizon=args.horizon, population=args.population, elites=args.elites, iterations=args.iterations,
+               momentum=args.momentum, init_std=args.init_std, noise_beta=args.noise_beta,
+               keep_elites=args.keep_elites, discount=args.discount, penalty_coef=args.plan_penalty_coef,
+               execute=args.execute, execute_steps=args.replan_every, particles=args.members if members else 1,
+               policy=source.agent.propose if args.guide else None, policy_samples=args.policy_samples,
+               value=source.agent.value if args.guide else None)
 
 
-SIDE_VALUES = ("step", "updates", "planned")  # of a side, and below of a run, what a checkpoint keeps as it is
-RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse", "episodes", "fitted_at")
+SIDE_VALUES = ("step", "updates")  # of a side, and below of a run, what a checkpoint keeps as it is
+RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse")
 
 
 def state_dict(run):
     """The whole run as tensors and plain values."""
-    state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, "td_error": run.mix.td_error,
+    state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, "mix": run.mix.state_dict(),
              **log_and_generators(run)}
     for name in ("source", "target"):
         if (side := getattr(run, name)) is not None:
             state[name] = {part: getattr(side, part).state_dict() for part in ("env", "agent", "buffer")}
             state[name].update({key: getattr(side, key) for key in SIDE_VALUES})
     if run.model is not None:
-        state["model"], state["explorer"] = run.model.state_dict(), run.explorer.state_dict()
+        state["model"] = run.model.state_dict()
     if run.offline_data is not None:
-        state["prior"] = run.offline_data.state_dict()
+        state["offline_data"] = run.offline_data.state_dict()
     return state
 
 
 def load_side(side, state):
-    for part in ("env", "agent", "buffer"):
+    for part in ("env", "buffer"):
         getattr(side, part).load_state_dict(state[part])
+    load_agent(side.agent, state["agent"])
     for key in SIDE_VALUES:
         setattr(side, key, state[key])
 
 
+PHASES = ("source", "generate", "pretrain", "target", "done")
+
+
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
+        must_match(state, state_dict(run))
+        kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float, "best": dict}  # None in a new run
+        for name, kind in kinds.items():
+            require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
         for name in RUN_VALUES:
             setattr(run, name, state[name])
+        require(run.phase in PHASES, f"unknown phase {run.phase!r}")
         for name in ("source", "target"):
             if getattr(run, name) is not None:
+                steps, done = vars(run.args)[f"{name}_steps"], state[name]["step"]
+                if name == "source":  # --generate-in env takes steps that are not learned from
+                    done = len(state[name]["buffer"]["rows"]["obs"])
+                not_below(f"--{name}-steps", steps, done)
+                require(name == "target" or run.phase == "source" or steps == done,
+                        f"--source-steps {steps}: the source phase is over, after {done}")
                 load_side(getattr(run, name), state[name])
-        for name in ("model", "explorer", "prior"):
+        for name in ("model", "offline_data", "mix"):
             if getattr(run, name) is not None:
                 getattr(run, name).load_state_dict(state[name])
-    run.mix.td_error = state["td_error"]
-    load_log_and_generators(run, state)
+        load_log_and_generators(run, state)
+
+
+# what the source phase's state depends on, and what acts in the source phase alone
+OF_THE_SOURCE = ("env", "source", "seed", "episode_steps", "critics", "hidden", "layer_norm", "discount", "members",
+                 "model_hidden", "model_layers", "model_epochs", "snapshot_window", "random_steps", "init_temperature")
 
 
 def reuse_source(run, source_run):
     """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
     the same seed and flags goes on as that one did."""
-    flags, ours = read_config(source_run)["flags"], vars(run.args)
-    shared = ["env", "source", "seed", "critics", "hidden", "layer_norm", "members", "model_hidden", "model_layers"]
-    shared += [key for key in ours if key.startswith("source_") and key != "source_run"]
-    differ = [f"--{key.replace('_', '-')} {flags.get(key)}" for key in shared if ours[key] != flags.get(key)]
-    if differ:
-        raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
+    quantities = [key for key in vars(run.args) if key.startswith("source_") and key != "source_run"]
+    same_flags(run.args, source_run, build_parser(), (*OF_THE_SOURCE, *quantities))
     state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
     with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
-    run.holdout_mse, run.phase = state["holdout_mse"], "generate"
-    load_log_and_generators(run, state)
+        run.holdout_mse, run.phase = state["holdout_mse"], "generate"
+        load_log_and_generators(run, state)
 
 
 # --------------------------------------------------------------------------------------------------------------- phases
@@ -286,38 +338,32 @@ def report(run, name, info):
 
 
 def learn(run, name):
-    """Online learning in one task: act, store, update on the mix; in the target task with refit rounds."""
+    """Online learning in one task: act, store, update on the mix; in the target task with rounds of imagination."""
     args, side, steps = run.args, getattr(run, name), vars(run.args)[f"{name}_steps"]
     env, agent, buffer = side.env, side.agent, side.buffer
-    offline = run.offline_data if name == "target" else None
+    from_scratch = name == "source" or not args.prior
     run.log.pace, text, info = (time.time(), side.step), "", {}
     while side.step < steps:
-        if run.interrupted:
-            save(run.dir / "checkpoint.pt", state_dict(run))
-            raise KeyboardInterrupt
-        if env.obs is None:
-            start_episode(run, name)
-        obs = env.obs
-        acts_randomly = offline is None and side.step < args.random_steps
+        stop_if_interrupted(run, state_dict)
+        obs = env.reset() if env.obs is None else env.obs
+        acts_randomly = from_scratch and side.step < args.random_steps
         if acts_randomly:
             action = run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32)
-        elif side.planned:
-            action = run.explorer.act(torch.as_tensor(obs, device=args.device)[None])[0].cpu().numpy()
         else:
             action = agent.act(obs).cpu().numpy()
         store_step(env, buffer, action)
         side.step += 1
         if not acts_randomly:
-            info = update(run, side, offline)
+            info = update(run, side)
         if name == "source" and args.snapshot_window and env.obs is None and (
                 side.step >= args.random_steps + args.snapshot_window):
             keep_best(run)
-        if name == "target" and offline is not None and not args.offline_data and args.refit_every and (
-                side.step % args.refit_every == 0 and side.step < steps):
-            began = time.time()
-            fit(run, args.refit_epochs)
-            generate(run)
-            run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # the round is not the loop
+        if name == "target" and side.step < steps:
+            if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
+                fit(run, args.refit_epochs)
+                refresh_uncertainty(run)
+            if imagines(run) and args.imagine_every and side.step % args.imagine_every == 0:
+                imagine_round(run)
         if side.step % args.eval_every == 0 or side.step == steps:
             text = report(run, name, info)
         if side.step % args.checkpoint_every == 0:
@@ -336,119 +382,165 @@ def choose_best(run):
     """Goes on with the agent that `keep_best` kept, if there is one."""
     # Deviation: the last agent may be in one of the falls that policies take between one evaluation and the next
     if run.best is not None:
-        run.source.agent.load_state_dict(run.best["agent"])
+        load_agent(run.source.agent, run.best["agent"])
         run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
                      f"{run.best['return']:.1f}")
         run.best = None
 
 
-def start_episode(run, name):
-    """Resets; in the source task, decides who acts in the episode and brings the planner's model up to date."""
-    args, side = run.args, getattr(run, name)
-    side.env.reset()
-    if name == "target" or args.explore == "policy" or side.step < args.random_steps:
-        return
-    run.episodes += 1
-    side.planned = args.explore == "mpc" or run.episodes % args.mpc_every == 0
-    if side.planned:
-        if run.fitted_at == 0 or side.step - run.fitted_at >= args.explore_refit_every:
-            fit(run, args.model_epochs if run.fitted_at == 0 else args.refit_epochs)
-            run.fitted_at = side.step
-        run.explorer.reset()
-
-
-def update(run, side, offline):
+def update(run, side):
     """UTD critic updates and one actor update on a batch of the mix; stops the run when the loss is not finite."""
-    args = run.args
+    args, offline = run.args, run.offline_data if side is run.target else None
     batch, n_offline = mixed_batch(offline, side.buffer, run.mix.alpha, args.batch_size, args.utd)
     info = side.agent.update(batch, n_offline)
     side.updates += args.utd
     stop_if_not_finite(run, info["critic_loss"] + info["actor_loss"], side.updates, state_dict)
     if side is run.target:
-        run.mix.update(float(info["td_error"]))
+        run.mix.update(info)
     return info
+
+
+def pretrain(run):
+    """Updates before the first target step, on what is there, with a round of imagination as often as in learning."""
+    args, side = run.args, run.target
+    while side.updates < args.pretrain_updates:
+        stop_if_interrupted(run, state_dict)
+        if imagines(run) and args.imagine_every and side.updates // args.utd % args.imagine_every == 0:
+            imagine_round(run)
+        update(run, side)
+        if side.updates // args.utd % args.checkpoint_every == 0:
+            save(run.dir / "checkpoint.pt", state_dict(run))
 
 
 def fit(run, epochs):
     """Fits the model on all real data: the source's and, later, D_T (section 4.1)."""
-    args = run.args
-    # Deviation: the paper refits on D_S and D_T; here the model's own samples, the rest of D_S, only by flag
-    parts = [run.target.buffer.filled(), run.source.buffer.filled()]
+    args, began = run.args, time.time()
+    # rows are only ever appended, so that what the fit holds out stays held out
+    parts = [run.source.buffer.filled(), {k: v[run.pooled:] for k, v in run.target.buffer.filled().items()}]
+    n_real = sum(len(part["obs"]) for part in parts)
     if args.refit_on_imagined:
-        first = run.source.buffer.size if args.keep_source_data else 0  # the rows before it are the source's
-        parts.append({key: values[first:] for key, values in run.offline_data.filled().items()})
-    keys, began = ("obs", "action", "next_obs", "features"), time.time()
-    columns = {key: torch.cat([part[key] for part in parts]) for key in keys}
-    result = run.model.fit(**columns, lr=args.model_lr, batch_size=args.model_batch_size, max_epochs=epochs)
+        # Deviation: the paper refits on D_S and D_T; the default leaves out what the model itself has imagined
+        parts.append(run.offline_data.filled())
+    columns = {key: torch.cat([part[key] for part in parts]) for key in ("obs", "action", "next_obs", "features")}
+    rows = torch.arange(len(columns["obs"]), device=args.device)
+    result = run.model.fit(**columns, held_out=(rows % 10 == 0) & (rows < n_real), lr=args.model_lr,
+                           batch_size=args.model_batch_size, max_epochs=epochs)
     run.holdout_mse = result["holdout_mse"]
     pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
     np.savetxt(run.dir / "model_error.csv", pairs, "%.5g", ",", header="u,error", comments="")
-    run.log.note(f"model   fit on {len(columns['obs']):,} transitions: {result['epochs']} epochs, holdout MSE "
-                 f"{run.holdout_mse:.4f} of the variance, {time.time() - began:.0f} s")
+    run.log.note(f"model   fit on {len(rows):,} transitions: {result['epochs']} epochs, holdout MSE {run.holdout_mse:.4f} "
+                 f"of the variance, u scaled by {run.model.scale.item():.3g}, {time.time() - began:.0f} s")
+    run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # a fit is not the loop
+
+
+# ---------------------------------------------------------------------------------------------------------- imagination
+
+
+def imagines(run):
+    """Whether there is a model and a use for what it imagines."""
+    return run.model is not None and run.mix.fixed != 0
+
+
+def imagine_round(run):
+    """One round in the target task: by the policy, or as the first D_S."""
+    if run.args.imagine_with == "mpc":
+        generate(run)
+    else:
+        imagine_policy(run)
+
+
+def trust_limit(run):
+    """The uncertainty beyond which what is imagined is cut: a percentile of u on real data."""
+    if not run.args.trust_percentile:
+        return math.inf
+    real = run.source.buffer.sample(5000)
+    return run.model.uncertainty(real["obs"], real["action"]).quantile(run.args.trust_percentile / 100).item()
+
+
+def imagine_policy(run):
+    """The present agent in the model under the target's reward, a few steps from real states, half of them D_T's.
+
+    Deviation: section 4.3 imagines with the planner under r_S alone. Of eq. 6 each step passes the half on u; eq. 7
+    penalises it.
+    """
+    args, target = run.args, run.target
+    new = target.buffer.size > run.pooled  # D_T has begun
+    n_new = args.rollouts // 2 if new else 0
+    starts = [run.source.buffer.sample(args.rollouts - n_new)["obs"]]
+    if new:
+        starts.append(target.buffer.sample(n_new, first=run.pooled)["obs"])
+    trajectories = imagine(run.model.step, target.env.task.terminated, target.agent.act, torch.cat(starts),
+                           args.rollout_length, trust_limit(run))
+    append(run, trajectories, trajectories["valid"][:, 0])
 
 
 def generate(run):
-    """One round of section 4.3: imagine, filter, relabel, append to D_S; then u anew for all of D_S."""
-    args, source, model, began = run.args, run.source, run.model, time.time()
-    n, device = args.imagined_trajectories, args.device
-    length = min(args.imagined_length, source.env.max_steps or args.imagined_length)
-    limit = math.inf
-    if args.trust_percentile and args.generate_in == "model":
-        real = source.buffer.sample(5000)
-        limit = model.uncertainty(real["obs"], real["action"]).quantile(args.trust_percentile / 100).item()
-    mpc = planner(run, args.plan_penalty_coef)
-    if args.generate_in == "model":
-        # Deviation: some start from states of the source data, for trajectories from resets are nearly alike; a reset
-        # draws from the initial-state distribution and takes no step in the environment
-        env = source.evaluation[0]
-        env.seed(int(run.rng.integers(2**31)))
-
-        def starts(n_reset, n_source):
-            resets = [torch.as_tensor(env.reset(), device=device)[None] for _ in range(n_reset)]
-            return torch.cat([*resets, source.buffer.sample(n_source)["obs"]])
-
-        def restart(rows):
-            mpc.forget(rows)
-            n_reset = int(run.rng.binomial(len(rows), args.reset_share))
-            return starts(n_reset, len(rows) - n_reset)
-
-        n_reset = round(args.reset_share * n)
-        start, step = starts(n_reset, n - n_reset), model.step
-    else:
-        # real steps, n environments at once; they count as source steps
-        envs = [source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
-        start = torch.as_tensor(np.stack([env.reset() for env in envs]), device=device)
-        step = lockstep(envs, model.uncertainty)
-    trajectories = imagine(step, source.env.task.terminated, mpc.act, start, length, limit,
-                           restart if args.restart else None)
-    if args.generate_in == "env":
-        source.step += int(trajectories["valid"].sum())
-    rewards = source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
-    returns, mean_u = score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"],
-                                         trajectories["terminated"], args.discount)
+    """One round of section 4.3: imagine with MPC under the source's reward, score, filter, append to D_S."""
+    args, began = run.args, time.time()
+    trajectories = imagine_mpc(run)
+    returns, mean_u = score(run, trajectories)
     if run.thresholds is None:
         found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
         given = (args.return_threshold, args.u_threshold)
         run.thresholds = [f if g is None else g for f, g in zip(found, given)]
+        if args.filter == "dual" and args.return_threshold is None:
+            lowered = met_threshold(returns, mean_u, *run.thresholds, args.return_percentile)
+            if lowered < run.thresholds[0]:
+                run.log.note(f"D_S     no trajectory meets both percentiles: J_th is lowered from "
+                             f"{run.thresholds[0]:.4g} to {lowered:.4g}, that percentile of those within u_th")
+                run.thresholds[0] = lowered
     try:
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
-        if args.keep_source_data and run.offline_data.size == 0:
-            # Deviation: section 4.3's D_S is imagined alone; the real data show what no filtered trajectory does, falls
-            run.offline_data.add(**relabel(source.buffer.filled(), run.target.env.task.reward))
-        run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
-        run.acceptance = passed.float().mean().item()
     except ValueError as error:
         if run.offline_data.size == 0:
             raise
-        run.acceptance = 0.0  # a later round that adds nothing leaves D_S as it is
-        run.log.note(f"D_S     {error}")
-    data = run.offline_data.filled()
-    for rows in torch.arange(run.offline_data.size, device=device).split(8192):
-        data["uncertainty"][rows] = model.uncertainty(data["obs"][rows], data["action"][rows])
-    save_dataset(run.offline_data, run.dir / "dataset.npz")
+        run.log.note(f"D_S     {error}")  # a later round that adds nothing leaves D_S as it is
+        passed = torch.zeros_like(returns, dtype=torch.bool)
+    run.acceptance = passed.float().mean().item()
+    append(run, trajectories, passed)
     run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, "
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
+    run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # a round is not the loop
+
+
+def imagine_mpc(run):
+    """Trajectories of penalised MPC in the model, or in real source environments, N at once."""
+    args, source, n = run.args, run.source, run.args.imagined_trajectories
+    length = min(args.imagined_length, source.env.max_steps or args.imagined_length)
+    if args.generate_in == "env":
+        envs = [source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
+        starts = torch.as_tensor(np.stack([env.reset() for env in envs]), device=args.device)
+        trajectories = imagine(lockstep(envs, run.model.uncertainty), source.env.task.terminated, planner(run).act,
+                               starts, length)
+        source.step += int(trajectories["valid"].sum())  # real steps count
+        return trajectories
+    # Deviation: some start from states of the source data, for trajectories from resets are nearly alike; a reset draws
+    # from the initial-state distribution and takes no step in the environment
+    env, n_reset = source.evaluation[0], round(args.reset_share * n)
+    env.seed(int(run.rng.integers(2**31)))
+    resets = [torch.as_tensor(env.reset(), device=args.device)[None] for _ in range(n_reset)]
+    starts = torch.cat([*resets, source.buffer.sample(n - n_reset)["obs"]])
+    return imagine(run.model.step, source.env.task.terminated, planner(run).act, starts, length, trust_limit(run))
+
+
+def score(run, trajectories):
+    """J under r_S and mean u of eq. 6, (N,) each."""
+    rewards = run.source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
+    return score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"], trajectories["terminated"],
+                              run.args.discount)
+
+
+def append(run, trajectories, passed):
+    """Relabels what has passed with r_T; D_S keeps the newest."""
+    run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
+
+
+def refresh_uncertainty(run):
+    """u of all of D_S, by the model as it is now."""
+    data = run.offline_data.filled()
+    for rows in torch.arange(run.offline_data.size, device=run.args.device).split(8192):
+        data["uncertainty"][rows] = run.model.uncertainty(data["obs"][rows], data["action"][rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -465,45 +557,55 @@ def train(args):
             run.phase = "target"
     elif args.source_run:
         reuse_source(run, args.source_run)
-    run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
-    write_config(run_dir, args)
+    write_config(run_dir, args)  # from here on the flags are known to be good
+    if state is None:
+        save(run_dir / "checkpoint.pt", state_dict(run))  # from here on --resume goes on, whatever happens
     catch_interrupts(run)
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
         choose_best(run)
         save(run.dir / "checkpoint.pt", state_dict(run))
+        stop_if_interrupted(run, state_dict)
         fit(run, args.model_epochs)
         run.phase = "generate"
         save(run.dir / "source.pt", state_dict(run))
-    if run.phase == "generate":  # 2. imagine D_S
+    if run.phase == "generate":  # 2. imagine the first D_S, and prepare what the target task starts from
         save(run.dir / "checkpoint.pt", state_dict(run))
-        generate(run)
+        stop_if_interrupted(run, state_dict)
+        if imagines(run):
+            generate(run)
+            save_dataset(run.offline_data, run.dir / "first_dataset.npz")
+        if args.keep_source_data:
+            # Deviation: the dynamics are shared, so real source data are as true as D_T's, and train with them
+            run.target.buffer.add(**relabel(run.source.buffer.filled(), run.target.env.task.reward))
         if args.warm_start:
             # Deviation: the paper plans without a policy and learns one in the target task alone
             run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
         run.phase = "pretrain"
     if run.phase == "pretrain":
         save(run.dir / "checkpoint.pt", state_dict(run))
-        for _ in range(math.ceil(args.pretrain_updates / args.utd)):
-            update(run, run.target, run.offline_data)
+        pretrain(run)
+        report(run, "target", {})  # row 0: the return before the first target step
         run.phase = "target"
-    if run.phase == "target":  # 3. learn the target task, with refit rounds
+        save(run.dir / "checkpoint.pt", state_dict(run))
+    if run.phase == "target":  # 3. learn the target task, with rounds of imagination
         learn(run, "target")
         run.phase = "done"
     save(run.dir / "checkpoint.pt", state_dict(run))
+    if imagines(run):
+        save_dataset(run.offline_data, run.dir / "dataset.npz")
     run.log.note(f"done in {run.log.wall_clock / 60:.1f} min: {run.dir}/progress.csv, checkpoint.pt"
-                 + (", dataset.npz" if run.source else ""))
+                 + (", dataset.npz" if imagines(run) else ""))
 
 
 def play(args):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations, prints its return, draws the first."""
     run_dir = Path(args.evaluate)
-    flags = argparse.Namespace(**{**vars(args), **read_config(run_dir)["flags"], "device": args.device})
-    if flags.offline_data:
-        flags.offline_data, flags.prior = None, False  # the file is not needed to play
+    if args.offline_data:
+        args.offline_data, args.prior = None, False  # the file is not needed to play
     state = load(run_dir / "checkpoint.pt", args.device, "wombet")
-    run = build(flags, run_dir)
+    run = build(args, run_dir)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
     show(getattr(run, name), name, args.gif)

@@ -19,6 +19,9 @@ class WorldModel(nn.Module):
         obs_dim, action_dim, n_features: sizes d, A and f of observations, actions and features.
         members: E. hidden: width of each of the `layers` hidden layers (SiLU).
         uncertainty_kind: one of `UNCERTAINTIES`; what `step` and `uncertainty` return as u.
+        coverage: each fit scales u such that it is at or above the true error for this share of held-out transitions
+            (split-conformal calibration), so that eq. 2's assumption W_1 <= u holds for them; 0: u as it is. Deviation:
+            the paper assumes it of the ensemble as it is.
         margin: imagined observations are kept within the data's range, widened on each side by this share of it.
         inference_dtype: "float32", or "bfloat16" for the products of `step` and `uncertainty`: 1.7 times as fast where
             the processor has them; the means move by .002 normalised units, a fortieth of a good model's error.
@@ -28,11 +31,12 @@ class WorldModel(nn.Module):
     UNCERTAINTIES = ("std", "variance", "max-distance", "aleatoric")
 
     def __init__(self, obs_dim, action_dim, n_features=0, *, members=5, hidden=200, layers=3, uncertainty_kind="std",
-                 margin=0.1, inference_dtype="float32", fit_dtype="float32", compile=False):
+                 coverage=0.95, margin=0.1, inference_dtype="float32", fit_dtype="float32", compile=False):
         super().__init__()
         if uncertainty_kind not in self.UNCERTAINTIES:
             raise ValueError(f"unknown uncertainty {uncertainty_kind!r}: known are {', '.join(self.UNCERTAINTIES)}")
         self.obs_dim, self.members, self.uncertainty_kind, self.margin = obs_dim, members, uncertainty_kind, margin
+        self.coverage = coverage
         self.inference_dtype, self.fit_dtype = getattr(torch, inference_dtype), getattr(torch, fit_dtype)
         out = obs_dim + n_features
         sizes = [obs_dim + action_dim, *[hidden] * layers, 2 * out]
@@ -45,12 +49,13 @@ class WorldModel(nn.Module):
         for name, size in (("input", obs_dim + action_dim), ("target", out)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("scale", torch.ones(()))  # of u, from calibration
         self.register_buffer("varies", torch.ones(out))  # 0 where a target was constant: its mean is then exact
         self.register_buffer("obs_low", torch.full((obs_dim,), -math.inf))
         self.register_buffer("obs_high", torch.full((obs_dim,), math.inf))
         if compile:
-            torch._dynamo.config.trace_autograd_ops = True  # the backward pass is part of what is fused
-            self.gradients = torch.compile(self.gradients, dynamic=False)
+            fuse = torch._dynamo.config.patch(trace_autograd_ops=True)  # the backward pass is part of what is fused
+            self.gradients = fuse(torch.compile(self.gradients, dynamic=False))
 
     def _trunk(self, inputs, dtype=torch.float32):
         x = ((inputs - self.input_mean) / self.input_std).to(dtype).expand(self.members, *inputs.shape[-2:])
@@ -82,11 +87,11 @@ class WorldModel(nn.Module):
         if self.uncertainty_kind in ("std", "variance"):
             # torch.var along a short first dimension takes thirty times as long, a sixth of a whole step
             variance = (mean - mean.mean(0)).square().mean(0).sum(-1) / root_d**2
-            return variance.sqrt() if self.uncertainty_kind == "std" else variance
+            return self.scale * (variance.sqrt() if self.uncertainty_kind == "std" else variance)
         if self.uncertainty_kind == "max-distance":
-            return (mean - mean.mean(0)).norm(dim=-1).amax(0) / root_d
+            return self.scale * (mean - mean.mean(0)).norm(dim=-1).amax(0) / root_d
         logvar = self(inputs)[1]
-        return ((0.5 * logvar).exp() * self.varies).norm(dim=-1).amax(0) / root_d
+        return self.scale * ((0.5 * logvar).exp() * self.varies).norm(dim=-1).amax(0) / root_d
 
     @torch.no_grad()
     def predict(self, obs, action):
@@ -100,7 +105,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def uncertainty(self, obs, action):
-        """Epistemic uncertainty u(s, a): obs (B, d), action (B, A) -> (B,), in delta-normalised units.
+        """Epistemic uncertainty u(s, a): obs (B, d), action (B, A) -> (B,), in delta-normalised units, times `scale`.
 
         std: |std_i mean_i| / sqrt(d), a distance, as eq. 2 needs (over the d target dimensions that vary).
         variance: mean over dimensions of var_i mean_i (section 4.3's "predictive variance").
@@ -115,9 +120,21 @@ class WorldModel(nn.Module):
         """One step of the ensemble's mean: obs (B, d), action (B, A) -> next_obs (B, d), features (B, f), u (B,)."""
         inputs = torch.cat([obs, action], -1)
         mean = self._means(inputs, self.inference_dtype)
-        delta = self.target_mean + self.target_std * mean.mean(0)
+        return *self._move(obs, mean.mean(0)), self._disagreement(mean, inputs)
+
+    @torch.no_grad()
+    def member_step(self, obs, action):
+        """As `step`, but row i moves by the mean of member i mod E: E rows in a row are the members' futures of one
+        state, whose average is eq. 1's expectation over the ensemble. Shapes as in `step`."""
+        inputs, rows = torch.cat([obs, action], -1), torch.arange(len(obs), device=obs.device)
+        mean = self._means(inputs, self.inference_dtype)
+        return *self._move(obs, mean[rows % self.members, rows]), self._disagreement(mean, inputs)
+
+    def _move(self, obs, mean):
+        """The next observation (B, d) and features (B, f) from obs (B, d) and a normalised change (B, d+f)."""
+        delta = self.target_mean + self.target_std * mean
         next_obs = (obs + delta[:, : self.obs_dim]).nan_to_num(nan=0.0).clamp(self.obs_low, self.obs_high)
-        return next_obs, delta[:, self.obs_dim :], self._disagreement(mean, inputs)
+        return next_obs, delta[:, self.obs_dim :]
 
     @torch.no_grad()
     def error(self, obs, action, next_obs, features):
@@ -126,26 +143,30 @@ class WorldModel(nn.Module):
         target = (torch.cat([next_obs - obs, features], -1) - self.target_mean) / self.target_std * self.varies
         return (mean - target).norm(dim=-1) / self._root_d()
 
-    def fit(self, obs, action, next_obs, features, *, lr=1e-3, batch_size=256, max_epochs=40,
-            patience=5, holdout=0.1, max_holdout=5000):
+    def fit(self, obs, action, next_obs, features, *, held_out=None, lr=1e-3, batch_size=256, max_epochs=40,
+            patience=5):
         """Gaussian maximum likelihood on bootstraps, from the present weights (so a refit is a warm start).
 
-        A holdout that no member trains on stops the fit once no member has gained 1 % for `patience` epochs; each
-        member keeps the weights that were its own best. Each member's bootstrap is drawn once.
+        No member trains on the held-out rows. Half of them stop the fit once no member has gained 1 % for `patience`
+        epochs; each member keeps the weights that were its own best. The other half scale u (`coverage`). Each member's
+        bootstrap is drawn once.
 
-        Args: obs, next_obs (n, d), action (n, A), features (n, f).
+        Args: obs, next_obs (n, d), action (n, A), features (n, f). held_out: (n,) bool, by default every tenth row:
+            where rows are only ever appended, what is held out stays held out over refits.
 
         Returns {"epochs", "holdout_mse" (normalised units; 1 is what the mean of the data achieves), "holdout_nll",
-        "holdout_u", "holdout_error" (u and the true error it stands for, per row held out)}.
+        "holdout_u", "holdout_error" (u and the true error it stands for, per row of the half that scaled u)}.
         Raises ValueError for fewer than 10 transitions, FloatingPointError when the loss is not finite.
         """
         inputs, targets = torch.cat([obs, action], -1), torch.cat([next_obs - obs, features], -1)
         n = len(inputs)
         if n < 10:
             raise ValueError(f"{n} transitions are too few to fit a world model: collect at least 10")
-        order = torch.randperm(n, device=inputs.device)
-        n_holdout = min(max(int(holdout * n), 1), max_holdout)
-        held, train = order[:n_holdout], order[n_holdout:]
+        if held_out is None:
+            held_out = torch.arange(n, device=inputs.device) % 10 == 0
+        held, train = held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
+        held = held[:: 1 + len(held) // 10_000]  # enough to look at
+        stopping, calibrating = held[::2], held[1::2] if len(held) > 1 else held
         self._normalise(inputs[train], targets[train], torch.cat([obs, next_obs]))  # episodes end in a next_obs
         targets = (targets - self.target_mean) / self.target_std
         boot = train[torch.randint(len(train), (self.members, len(train)), device=train.device)]
@@ -160,7 +181,7 @@ class WorldModel(nn.Module):
             columns = columns[:, : columns.shape[1] // size * size]  # whole batches; the order changes every epoch
             for rows in boot.gather(1, columns).split(size, 1):
                 loss = self.train_step(optimizer, inputs[rows], targets[rows])
-            error = self._holdout_mse(inputs[held], targets[held])
+            error = self._holdout_mse(inputs[stopping], targets[stopping])
             if not (error.isfinite().all() and loss.isfinite()):
                 raise FloatingPointError("the world model's loss is not finite: lower --model-lr or look at the data")
             gained = error < 0.99 * best
@@ -177,9 +198,20 @@ class WorldModel(nn.Module):
             mean, logvar = self(inputs[held])
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
             mse = (mean.mean(0) - targets[held]).square().mean()
-        rows = (obs[held], action[held], next_obs[held], features[held])
+        rows = [column[calibrating] for column in (obs, action, next_obs, features)]
+        error = self.error(*rows)
+        self.scale.fill_(1.0)
+        if self.coverage:
+            self.scale.copy_(self._conformal_scale(self.uncertainty(*rows[:2]), error))
         return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
-                "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": self.error(*rows)}
+                "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": error}
+
+    def _conformal_scale(self, u, error):
+        """The quantile of error / u (n,) that covers a new transition with probability `coverage`: the
+        ceil((n + 1) coverage)-th smallest of n, or the largest (Vovk et al., 2005; Angelopoulos and Bates, 2021)."""
+        ratio = error / u.clamp(min=1e-8)
+        rank = min(math.ceil((len(ratio) + 1) * self.coverage), len(ratio))
+        return ratio.kthvalue(rank).values
 
     def train_step(self, optimizer, inputs, targets):
         """One gradient step of maximum likelihood, a batch of its own per member: inputs (E, B, d+A), targets
@@ -200,8 +232,11 @@ class WorldModel(nn.Module):
     def _normalise(self, inputs, targets, obs):
         self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
         input_std, target_std = inputs.std(0), targets.std(0)
-        # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean
-        self.input_std = torch.where(input_std > 1e-6, input_std, torch.ones_like(input_std))
+        # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean; one that hardly
+        # varies by a thousandth of its values or of what the others vary by, lest a small change be out of all bounds
+        others = torch.where(input_std > 1e-6, input_std, math.nan).nanmedian()
+        scale = torch.maximum(inputs.abs().amax(0), others)
+        self.input_std = torch.where(input_std > 1e-6, input_std.maximum(1e-3 * scale), torch.ones_like(input_std))
         self.varies = (target_std > 1e-6).to(targets.dtype)
         self.target_std = torch.where(target_std > 1e-6, target_std, torch.ones_like(target_std))
         low, high = obs.amin(0), obs.amax(0)

@@ -39,7 +39,7 @@ class DelayedSAC(SAC):
     def learn_from(self, batch, n_offline=0):
         """One critic step, and in every `policy_delay`-th call as many actor and temperature steps; of the batch's rows
         the first n_offline are from a dataset."""
-        info = self.update_critic(self.backup(batch), n_offline)
+        info = self.update_critic(self.with_next_action(batch), n_offline)
         self.updates += 1
         if self.updates % self.policy_delay == 0:
             for _ in range(self.policy_delay):
@@ -55,10 +55,10 @@ class DelayedSAC(SAC):
 
 
 def sac_arguments(args, env):
-    """What `common.agent_flags` gives and DelayedSAC takes."""
-    return common.agent_arguments(args, env, "actor_lr", "critic_lr", "batch_size", "discount", "polyak",
-                                  "init_temperature", "target_entropy", "layer_norm", "backup_entropy", "compile",
-                                  "policy_delay")
+    """What the flags give and DelayedSAC takes."""
+    given = common.agent_arguments(args, env, "actor_lr", "critic_lr", "batch_size", "discount", "polyak",
+                                   "init_temperature", "target_entropy", "layer_norm", "backup_entropy", "policy_delay")
+    return {**given, "compile": args.speed["compile"], "dtype": args.speed["dtype"]}
 
 
 def sac_switches(g, backup_entropy):
@@ -73,7 +73,6 @@ def build_parser():
     g.add_argument("--policy-delay", type=common.count, default=2, help="critic steps between the actor's")
     g.add_argument("--save-dataset", action="store_true", help="write the replay buffer to dataset.npz at the end")
     sac_switches(g, backup_entropy=True)
-    g.add_argument("--compile", **common.SWITCH, default=False, help="torch.compile the gradients: faster in the end")
     return parser
 
 

@@ -154,7 +154,7 @@ def test_gradients_in_bfloat16():
     for dtype, batch in (("float32", batches[0]), ("bfloat16", batches[0]), ("float32", batches[1])):
         torch.manual_seed(1)
         agents.append(sac := SAC(3, 2, n_critics=3, min_critics=3, dtype=dtype))
-        part = {key: value[0] for key, value in sac.backup(batch).items()}
+        part = {key: value[0] for key, value in sac.with_next_action(batch).items()}
         both = sac.critic_gradients(part, None)[0], sac.actor_gradients(part["obs"], torch.randn(256, 2))[0]
         gradients.append([torch.cat([g.flatten() for g in some]) for some in both])
     for exact, rough, other in zip(*gradients):
@@ -273,16 +273,50 @@ def test_state_dict_continues_identically():
     assert len(results[0]) > 50 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def info(td_error, signed=0.0):
+    return {"td_error": td_error, "signed_td_error": signed}
+
+
 def test_adaptive_mix():
-    """The moving average and its clip on a given sequence; before any measurement, and without target data."""
-    mix = AdaptiveMix(gain=0.5, alpha_min=0.1, alpha_max=0.9, ema=0.25)
-    assert mix.alpha == 0.9 and mix.update(math.nan) == 0.9
-    alphas = [mix.update(x) for x in (1.0, 0.6, math.nan, 0.0, math.inf, 9.0)]
+    """The moving average and its clip on a given sequence; before any measurement, and without online data."""
+    mix, alphas = AdaptiveMix(gain=0.5, alpha_min=0.1, alpha_max=0.9, ema=0.25), []
+    mix.update(info(math.nan))
+    assert mix.alpha == 0.9
+    for td_error in (1.0, 0.6, math.nan, 0.0, math.inf, 9.0):
+        mix.update(info(td_error, signed=-5.0))
+        alphas.append(mix.alpha)
     assert alphas == pytest.approx([0.5, 0.45, 0.45, 0.3375, 0.3375, 0.9])  # .5 (.75 * .675 + .25 * 9) is above .9
     assert mix.td_error == pytest.approx(0.75 * 0.675 + 0.25 * 9)
-    assert [mix.update(0.0) for _ in range(20)][-1] == mix.alpha == 0.1
+    for _ in range(20):
+        mix.update(info(0.0))
+    assert mix.alpha == 0.1
     fixed = AdaptiveMix(gain=0.5, alpha_min=0.1, alpha_max=0.9, ema=0.25, fixed=0.0)
-    assert fixed.alpha == fixed.update(5.0) == 0.0
+    fixed.update(info(5.0))
+    assert fixed.alpha == 0.0
+
+
+def test_adaptive_mix_by_the_papers_formula():
+    """(1 - ema) delta_k-1 + ema delta_k of the signed error: no memory beyond one step."""
+    mix, seen = AdaptiveMix(gain=1.0, alpha_min=0.0, alpha_max=9.0, ema=0.25, signed=True), []
+    for signed in (1.0, 2.0, -8.0, 4.0):
+        mix.update(info(99.0, signed))
+        seen.append((mix.td_error, mix.alpha))
+    assert seen == [(1.0, 1.0), (1.25, 1.25), (-0.5, 0.0), (-5.0, 0.0)]
+
+
+@pytest.mark.parametrize("actor_entropy", [True, False])
+def test_entropy_in_the_actors_loss(actor_entropy):
+    sac = SAC(3, 2, hidden=(8,), init_temperature=0.5, actor_entropy=actor_entropy)
+    obs, noise = torch.randn(64, 3), torch.randn(64, 2)
+    action, log_prob = sac.actor.sample(obs, noise)
+    loss, mean_log_prob = sac.actor_loss(obs, noise)
+    expected = -sac.critic(obs, action).mean() + actor_entropy * 0.5 * log_prob.mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(mean_log_prob, log_prob.mean())
+
+
+def test_samples_from_a_row_on():
+    assert marked(9, *range(9)).sample(200, first=6)["reward"].unique().tolist() == [6, 7, 8]
 
 
 def marked(capacity, *values):

@@ -4,8 +4,11 @@ import csv
 import importlib
 import json
 import math
+import re
+import shlex
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,30 +278,36 @@ def test_cql_pushes_unseen_actions_down():
     assert abs(gap[0.0]) < 0.5 and gap[5.0] > 1.5
 
 
-def test_cql_integral_of_a_known_q():
+def loss_of_cql(agent, batch, n_data):
+    """Its value per critic, and no step."""
+    agent.n_data = n_data
+    return agent.critic_loss(agent.with_next_action(batch))[0].item() / 2
+
+
+def test_cql_loss_of_a_known_q():
     """Q(s, a) = c . a: the integral of exp Q over [-1, 1]^A is the product of 2 sinh(c_j) / c_j."""
-    agent = CQL(2, 2, n_actions=3000, **SMALL)
-    c = torch.tensor([1.0, -2.0])
-    agent.critic = lambda obs, action: torch.stack([action @ c, action @ c + 1])
-    known = (2 * c.sinh() / c).log().sum()
-    action = torch.rand(4, 2)
-    q, log_integral = agent.values(torch.zeros(4, 2), action, torch.zeros(4, 2))
-    torch.testing.assert_close(log_integral, torch.stack([known, known + 1])[:, None].expand(2, 4), rtol=0, atol=0.1)
-    torch.testing.assert_close(q, torch.stack([action @ c, action @ c + 1]))
+    agent = CQL(2, 2, n_actions=3000, cql_alpha=5.0, **SMALL)
+    c, batch = torch.tensor([1.0, -2.0]), filled(8, action_dim=2).filled()
+    agent.critic = lambda obs, action: (action @ c).expand(2, -1)
+    q, integral = batch["action"] @ c, (2 * c.sinh() / c).log().sum()
+    known = q.square().mean() + 5 * (integral - q[:3].mean())  # y is 0; the first three rows are data
+    assert loss_of_cql(agent, batch, 3) == pytest.approx(known.item(), abs=0.3)
 
 
 def test_cql_in_one_pass_equals_pass_by_pass():
     """Each distribution's actions one after the other, from networks that are asked anew each time."""
-    agent, n, rows = CQL(3, 2, n_actions=4, **SMALL), 4, 64
-    obs, next_obs, action = torch.randn(rows, 3), torch.randn(rows, 3), torch.rand(rows, 2)
+    agent, batch, n, rows = CQL(3, 2, n_actions=4, backup_entropy=False, **SMALL), filled(64, 3, 2).filled(), 4, 64
+    batch["terminated"].zero_()
+    obs, next_obs, action = batch["obs"], batch["next_obs"], batch["action"]
     torch.manual_seed(1)
-    q, log_integral = agent.values(obs, action, next_obs)
+    found = loss_of_cql(agent, batch, 64)
     torch.manual_seed(1)
+    y = 0.99 * agent.target_critic(next_obs, agent.actor.sample(next_obs)[0]).amin(0)
     parts = [agent.actor.sample(x.expand(n, -1, -1)) for x in (obs, next_obs)]
     parts.append((torch.rand(n, rows, 2) * 2 - 1, torch.full((n, rows), -2 * math.log(2))))
     ratios = [agent.critic(obs, a) - log_prob for part in parts for a, log_prob in zip(*part)]
-    torch.testing.assert_close(q, agent.critic(obs, action))
-    torch.testing.assert_close(log_integral, torch.stack(ratios).logsumexp(0) - math.log(3 * n))
+    q, log_integral = agent.critic(obs, action), torch.stack(ratios).logsumexp(0) - math.log(3 * n)
+    assert found == pytest.approx(((q - y).square() + 10 * (log_integral - q)).mean().item(), rel=1e-5)
 
 
 def constant_model(biases):
@@ -350,17 +359,20 @@ def test_combo_pushes_data_up_and_the_mix_down(monkeypatch):
     imagination = Imagination(constant_model([[0.1, 1.0]] * 2), lambda obs: obs[:, 0] > 99, **SHORT)
     agent = COMBO(1, 1, imagination=imagination, cql_alpha=3.0, n_actions=2, **SMALL)
     batch, n_real = imagination.batch(filled(obs_dim=1), agent.act, 0, 64)
-    monkeypatch.setattr(agent, "values", lambda obs, action, _: (agent.critic(obs, action), torch.full((2, 64), 7.0)))
     monkeypatch.setattr(agent, "target", lambda *_: torch.zeros(64))
+    torch.manual_seed(1)
+    whole = loss_of_cql(agent, batch, 64)
+    torch.manual_seed(1)
     q = agent.critic(batch["obs"], batch["action"]).detach()
-    loss = agent.update_critic(batch, n_real)["critic_loss"].item() * 2
-    known = q.square().mean(1).sum() + 3.0 * (7.0 - q[:, :32].mean(1)).sum()
-    assert loss == pytest.approx(known.item(), rel=1e-5)
+    assert n_real == 32 and loss_of_cql(agent, batch, n_real) == pytest.approx(
+        (whole + 3.0 * (q.mean() - q[:, :32].mean())).item(), rel=1e-5)
+    agent.learn_from(batch, n_real)
+    assert agent.n_data == 32
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
-TINY = "--eval-every 40 --eval-episodes 1 --checkpoint-every 30 --hidden 16 --device cpu --threads 1".split()
+TINY = "--eval-every 40 --eval-episodes 1 --checkpoint-every 30 --hidden 16 --device cpu --fast off".split()
 TINY_ONLINE = [*TINY, "--target-steps", "100"]
 TINY_OFFLINE = [*TINY, "--offline-updates", "60", "--online-steps", "50", "--batch-size", "16"]
 TINY_MODEL = """--members 2 --model-hidden 16 --model-layers 1 --model-epochs 2 --rollout-batch 20 --rollout-length 2
@@ -520,11 +532,16 @@ def test_a_saved_replay_buffer_is_a_dataset(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_sac_learns_the_same(whole, tmp_path):
-    code, folder = run("sac", tmp_path, None, "--compile")
-    assert code == 0
-    actors = [torch.load(f / "checkpoint.pt", weights_only=True)["agent"]["actor"] for f in (folder, whole("sac"))]
-    torch.testing.assert_close(*actors, rtol=1e-2, atol=1e-3)  # rounding grows over 70 steps of learning and acting
+@pytest.mark.parametrize("method", [DelayedSAC, CQL])
+def test_compiled_gradients_are_the_same(method):
+    critics = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        agent, buffer = method(2, 1, compile=compiled, **SMALL), filled()
+        for _ in range(5):
+            agent.learn(buffer)
+        critics.append(agent.critic.state_dict())
+    torch.testing.assert_close(*critics, rtol=1e-3, atol=1e-4)
 
 
 SWITCHES = [("sac", "--no-backup-entropy"), ("sac", "--layer-norm"), ("sac", "--policy-delay=1"),
@@ -629,3 +646,16 @@ def test_help_names_every_flag_with_a_word_of_help(method):
     assert len(parser.format_help()) > 1000
     for action in parser._actions:
         assert action.help, action.option_strings
+
+
+README = (Path(common.__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("program, flags", re.findall(r"^python (?:baselines/)?(\w+)\.py (--.*)$", README, re.M))
+def test_each_command_of_the_readme_is_understood(program, flags):
+    importlib.import_module(program).build_parser().parse_args(shlex.split(flags))
+
+
+def test_the_readme_names_each_method():
+    files = {path.name for path in Path(common.__file__).parent.glob("*.py")} - {"common.py"}
+    assert files == set(re.findall(r"^\| `(\w+\.py)` \|", README.split("## Run")[0], re.M))

@@ -260,39 +260,18 @@ def test_imagine():
     assert not nan["valid"].any()  # an uncertainty that is not a number is trusted by nobody
 
 
-def test_imagine_with_restarts():
-    """Two places, s' = s + 1 up to 3, seven steps: from 0 three steps and again, from 2.5 one and then from 0."""
-    step, ends = lambda obs, action: (obs + 1, obs, obs[:, 0] / 10), lambda next_obs: next_obs[:, 0] >= 3
-    asked, start = [], torch.tensor([[0.0], [2.5]])
+@pytest.mark.parametrize("policy", [False, True])
+def test_particles_average_over_the_members_futures(policy):
+    """Two members, s' = s + a and s' = s - 2a (rows in turn), r = s': by hand for H = 2."""
+    def model(obs, action):
+        sign = torch.where(torch.arange(len(obs)) % 2 == 0, 1.0, -2.0)[:, None]
+        return obs + sign * action, obs, obs[:, 0] * 0
 
-    def restart(rows):
-        asked.append(rows.tolist())
-        return torch.zeros(len(rows), 1)
-
-    data = imagine(step, ends, torch.ones_like, start, 7, restart=restart)
-    assert asked == [[1], [0], [1], [0], [1]]
-    # in the order of places, then of time: 0 to 3, 0 to 3, 0; then 2.5, 0 to 3, 0 to 3
-    assert data["valid"].sum(1).tolist() == [3, 3, 1, 1, 3, 3] and data["obs"].shape == (6, 7, 1)
-    assert data["obs"][data["valid"]][:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0, 2.5, 0, 1, 2, 0, 1, 2]
-    assert data["terminated"].sum(1).tolist() == [1, 1, 0, 1, 1, 1] and data["valid"].sum() == 14
-    cut = imagine(step, ends, torch.ones_like, start, 7, 0.15, restart)  # u = s / 10: cut from s = 2 on
-    assert cut["valid"].sum(1).tolist() == [2, 2, 1, 0, 2, 2] and not cut["terminated"].any()
-    plain, same = imagine(step, NEVER, torch.ones_like, start, 4), imagine(step, NEVER, torch.ones_like, start, 4,
-                                                                            restart=restart)
-    assert all(torch.equal(plain[key], same[key]) for key in plain)
-
-
-@pytest.mark.parametrize("execute_steps", [1, 3])
-def test_a_plan_can_be_forgotten_for_some_states(execute_steps):
-    """Their next plan starts from zeros, as a new episode's does; the others' from what is left of theirs."""
-    seen, mpc = [], MPC(lambda obs, action: (obs, obs, obs[:, 0]), lambda *_: torch.zeros(1), NEVER, 2, horizon=4,
-                        execute_steps=execute_steps)
-    plan = torch.arange(24.0).view(3, 4, 2) + 1
-    mpc.plan = lambda obs, start=None: (seen.append(start), (plan, None))[1]
-    mpc.act(torch.zeros(3, 1))
-    mpc.forget(torch.tensor([1]))
-    mpc.act(torch.zeros(3, 1))
-    assert seen[0] is None and len(seen) == 2 and not seen[1][1].any()
-    assert torch.equal(seen[1][[0, 2], :3], plan[[0, 2], 1:]) and not seen[1][:, 3].any()
-    mpc.act(torch.zeros(3, 1))
-    assert len(seen) == (3 if execute_steps == 1 else 2)  # nothing is forgotten any more
+    mpc = MPC(model, lambda obs, action, next_obs, features: next_obs[:, 0], NEVER, 1, horizon=2, discount=0.5,
+              particles=2, policy=(lambda obs: torch.full((len(obs), 1), 0.25)) if policy else None)
+    obs, actions = torch.tensor([[1.0], [3.0]]), None if policy else torch.full((2, 2, 1), 0.25)
+    taken, total = mpc.rollout(obs, actions)
+    assert taken.shape == (2, 2, 1) and (taken == 0.25).all()
+    # first steps: s + .25 and s - .5; second: s + .5 and s - 1
+    by_hand = [((s + 0.25 + s - 0.5) + 0.5 * (s + 0.5 + s - 1.0)) / 2 for s in (1.0, 3.0)]
+    assert total.tolist() == pytest.approx(by_hand)

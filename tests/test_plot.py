@@ -1,6 +1,7 @@
 """Figures: what is aggregated, by hand; every picture is drawn; bad input ends in one line and exit code 2."""
 
 import csv
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ def write_run(folder, marks, returns, env="Hopper-v4", name="a", seed=0, phase="
     path = folder / f"{env}__{name}__{seed}"
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "progress.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(dict.fromkeys([*COLUMNS, *columns])))
         writer.writeheader()
         for i, (mark, value) in enumerate(zip(marks, returns)):
             row = {"phase": phase, plot.STEPS[phase]: mark, "return_mean": value}
@@ -62,7 +63,7 @@ def test_common_marks_of_unequal_lengths():
     marks, values = plot.aggregate(curves(([0, 10, 20, 30], [1, 2, 3, 9]), ([0, 10, 20], [3, 6, 5]), ([0, 10], [5, 1])))
     assert marks.tolist() == [0, 10]
     assert values.tolist() == [[1, 2], [3, 6], [5, 1]]
-    mean, std = plot.mean_std(values)
+    mean, std = plot.statistics([values])[:2]
     assert mean.tolist() == [3, 3]
     np.testing.assert_allclose(std, [2, math.sqrt((1 + 9 + 4) / 2)])
 
@@ -78,8 +79,8 @@ def test_other_grids_are_interpolated():
 
 
 def test_one_seed_has_no_spread():
-    mean, std = plot.mean_std(np.array([[1.0, 2.0]]))
-    assert mean.tolist() == [1, 2] and np.isnan(std).all()
+    mean, std, iqm, low, high = plot.statistics([np.array([[1.0, 2.0]])])
+    assert mean.tolist() == iqm.tolist() == [1, 2] and np.isnan([std, low, high]).all()
 
 
 def test_curve_takes_its_phase_its_steps_and_the_later_of_two_rows():
@@ -88,6 +89,12 @@ def test_curve_takes_its_phase_its_steps_and_the_later_of_two_rows():
            "return_mean": np.array([1.0, 2, 3, 4, 5, NAN])}
     assert [a.tolist() for a in plot.curve(run, "return_mean", "target")] == [[0, 10, 20], [2, 4, 5]]
     assert [a.tolist() for a in plot.curve(run, "return_mean", "source")] == [[7], [1]]
+    assert [a.tolist() for a in plot.curve(run, "return_mean", "target", all_steps=True)] == [[8, 18, 28], [2, 4, 5]]
+    assert len(plot.curve(run, "q_error", "target")[0]) == 0  # of a run from before there was such a column
+
+
+def table(*flags):
+    return plot.plot_runs(plot.build_parser().parse_args([*map(str, flags)]))[1]
 
 
 @pytest.mark.parametrize("kind", ["curves", "bars"])
@@ -95,30 +102,29 @@ def test_table(tmp_path, capsys, kind):
     write_run(tmp_path, [0, 2500, 5000], [1, 2, 3], seed=0)
     write_run(tmp_path, [0, 2500], [3, 6], seed=1)
     write_run(tmp_path, [0], [7.5], env="Ant-v4", name="b__c")
-    assert draw(tmp_path, "--kind", kind, "--table", tmp_path / "t" / "table.csv") == 0
-    table = read_table(tmp_path / "t" / "table.csv")
-    assert table[0] == ["env", "name", "env_steps", "mean", "std", "seeds"]
-    rows = [[*row[:3], *(float(cell or NAN) for cell in row[3:])] for row in table[1:]]
-    expected = [["Ant-v4", "b__c", "0", 7.5, NAN, 1], ["Hopper-v4", "a", "0", 2, math.sqrt(2), 2],
-                ["Hopper-v4", "a", "2500", 4, math.sqrt(8), 2]]
+    rows = table(tmp_path, "--kind", kind)
+    expected = [["Ant-v4", "b__c", 0, 7.5, NAN, 7.5, NAN, NAN, 1],
+                ["Hopper-v4", "a", 0, 2, math.sqrt(2), 2, 1, 3, 2],
+                ["Hopper-v4", "a", 2500, 4, math.sqrt(8), 4, 2, 6, 2]]
     if kind == "bars":
         del expected[1]
-    assert [row[:3] for row in rows] == [row[:3] for row in expected]
-    np.testing.assert_allclose([row[3:] for row in rows], [row[3:] for row in expected])
+    assert [[*row[:2]] for row in rows] == [row[:2] for row in expected]
+    np.testing.assert_allclose([row[2:] for row in rows], [row[2:] for row in expected])
+    capsys.readouterr()
+    assert draw(tmp_path, "--kind", kind) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split() == table[0]
-    assert out.splitlines()[1].split() == ["Ant-v4", "b__c", "0", "7.50", "-", "1"]
-    assert out.splitlines()[-2].split() == ["Hopper-v4", "a", "2500", "4.00", "2.83", "2"]
-    assert err == "note: Hopper-v4 a: return_mean ends at 2500 of 5000 steps, as its shortest seed\n"
+    assert out.splitlines()[0].split() == ["env", "name", "env_steps", "mean", "std", "iqm", "low", "high", "seeds"]
+    assert out.splitlines()[1].split() == ["Ant-v4", "b__c", "0", "7.50", "-", "7.50", "-", "-", "1"]
+    assert out.splitlines()[-2].split() == ["Hopper-v4", "a", "2500", "4.00", "2.83", "4.00", "2.00", "6.00", "2"]
+    assert err == "note: Hopper-v4 a ends at 2500 of 5000 steps, as its shortest seed\n"
     assert_picture(tmp_path / f"{kind}.png")
 
 
 def test_source_phase(tmp_path, capsys):
     write_run(tmp_path, [1000, 2000], [1, 2], phase="source")
-    assert draw(tmp_path, "--phase", "source", "--table", "table.csv") == 0
-    table = [row[2:4] for row in read_table("table.csv")]
-    assert table == [["source_steps", "mean"], ["1000", "1.0"], ["2000", "2.0"]]
-    capsys.readouterr()
+    assert draw(tmp_path, "--phase", "source") == 0
+    lines = [line.split()[2:4] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert lines == [["source_steps", "mean"], ["1000", "1.00"], ["2000", "2.00"]]
     assert draw(tmp_path) == 2  # it has no target rows yet
     assert_refused(capsys, "target")
 
@@ -126,16 +132,65 @@ def test_source_phase(tmp_path, capsys):
 @pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,\r\ntar", "\r\n"])
 def test_half_written_last_line(tmp_path, end):
     write_run(tmp_path, [0, 10], [1, 2], end=end)
-    assert draw(tmp_path, "--table", "table.csv") == 0
-    assert [row[2] for row in read_table("table.csv")[1:]] == (["0", "10", "20"] if "\r\ntar" in end else ["0", "10"])
+    assert [row[2] for row in table(tmp_path)] == ([0, 10, 20] if "\r\ntar" in end else [0, 10])
 
 
 @pytest.mark.parametrize("text", ["", "phase,env_st", ",".join(COLUMNS), ",".join(COLUMNS) + "\n"])
 def test_a_run_that_has_only_begun_is_left_out(tmp_path, text):
     write_run(tmp_path, [0, 10], [1, 2])
     (write_run(tmp_path, [], [], seed=1) / "progress.csv").write_text(text)
-    assert draw(tmp_path, "--table", "table.csv") == 0
-    assert [row[-1] for row in read_table("table.csv")] == ["seeds", "1", "1"]
+    assert [row[-1] for row in table(tmp_path)] == [1, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def column(*values):
+    """Returns of one mark, a seed a row."""
+    return np.array(values, float)[:, None]
+
+
+def test_iqm_by_hand():
+    assert plot.iqm([column(9, 1, 5, 100, 3)]) == pytest.approx((3 + 5 + 9) / 3)  # five seeds: one cut at either end
+    assert plot.iqm([column(0, 0, 90)]) == pytest.approx(30)  # of three none
+    assert plot.iqm([column(1, 2, 3), column(40, 50, 60, 70, 80)]) == pytest.approx((3 + 40 + 50 + 60) / 4)
+
+
+def test_improvement_by_hand():
+    assert plot.improvement([column(1, 4)], [column(2, 3, 4)]) == pytest.approx((0 + 0 + 0 + 1 + 1 + 0.5) / 6)
+    two_tasks = plot.improvement([column(1, 4), column(9)], [column(2, 3, 4), column(5, 6)])
+    assert two_tasks == pytest.approx((2.5 / 6 + 1) / 2)  # a task counts once, however many seeds it has
+
+
+def test_steps_to_reach_by_hand():
+    ours = [np.array([[0.0, 4, 2, 9], [0, 6, 6, 9]])]  # means 0, 5, 4, 9
+    marks = np.array([0.0, 10, 20, 30])
+    for goal, step in ((-1, 0), (5, 10), (5.1, 30), (9.1, math.inf)):
+        assert plot.steps_to_reach(marks, ours, [column(goal - 1, goal + 1)]) == step
+
+
+def test_interval_equals_all_resamples_enumerated():
+    """Two tasks of three seeds: 27 x 27 equally likely resamples, each within its task."""
+    tasks = [column(1, 2, 6), column(10, 30, 31)]
+    draws = [[task[list(pick)] for pick in itertools.product(range(3), repeat=3)] for task in tasks]
+    exact = np.sort([plot.iqm([a, b])[0] for a, b in itertools.product(*draws)])
+    low, high = plot.interval(plot.iqm, tasks, samples=100_000)
+    share = [(exact < low).mean(), (exact <= low).mean(), (exact < high).mean(), (exact <= high).mean()]
+    assert share[0] - 0.003 < 0.025 < share[1] + 0.003 and share[2] - 0.003 < 0.975 < share[3] + 0.003
+    pooled = plot.interval(plot.iqm, [np.concatenate(tasks)])
+    assert pooled[0] < low and pooled[1] > high  # without strata, tasks would be drawn as well
+
+
+def test_interval_by_hand():
+    assert plot.interval(plot.iqm, [column(0, 8)]).ravel().tolist() == [0, 8]  # 0, 4, 4, 8 with a quarter each
+    assert np.isnan(plot.interval(plot.iqm, [column(0, 8), column(1)])).all()  # one seed tells no spread
+
+
+def test_intervals_cover():
+    """Of 400 experiments of ten seeds each, about 95 % of the intervals hold the true centre (a bootstrap's fewer)."""
+    values = np.random.default_rng(0).normal(size=(400, 10, 1))
+    low, high = np.array([plot.interval(plot.iqm, [x], samples=400) for x in values])[..., 0].T
+    assert 0.86 < ((low <= 0) & (0 <= high)).mean() < 0.97
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -154,8 +209,10 @@ def results(tmp_path):
     return tmp_path / "results"
 
 
-@pytest.mark.parametrize("kind", ["curves", "bars", "alpha"])
+@pytest.mark.parametrize("kind", ["curves", "bars", "alpha", "q-error"])
 def test_pictures(results, kind):
+    if kind == "q-error":
+        write_run(results, [0, 2500], [-1, 2], q_error=[20, 10])
     assert draw(results, "--kind", kind, "--per-seed") == 0
     assert_picture(results / f"{kind}.png")
     run = results / "Hopper-v4__a__0"
@@ -197,6 +254,58 @@ def test_alpha_stands_above_the_td_error(results):
     assert len(above.lines) == 1 and above.lines[0].get_ydata().tolist() == [0.5, 0.4, 0.2]  # b has none
     assert len(below.lines) == 2 and below.lines[1].get_ydata().tolist() == [3, 2, 1]
     assert above.get_shared_x_axes().joined(above, below)
+
+
+def test_iqm_curves_show_the_interval(results):
+    write_run(results, [0, 2500, 5000], [6, 2, 9], seed=2, name="a")
+    fig = figure(results, "--average", "iqm", "--names", "a")
+    assert fig.axes[0].lines[0].get_ydata().tolist() == [1, 2, 6]
+    band = fig.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert [band.min(), band.max()] == [-2, 9]
+
+
+def test_normalised_with_a_panel_over_all_tasks(tmp_path, capsys):
+    for env, returns in (("Hopper-v4", [18.8, 3226]), ("HalfCheetah-v4", [-289.4, 10574]), ("Pusher-v5", [-50, -40])):
+        for seed in range(2):
+            write_run(tmp_path, [0, 2500], returns, env, seed=seed)
+    write_run(tmp_path, [0, 2500], [1, 2], name="b")
+    fig = figure(tmp_path, "--normalise", "td3-1m", "--average", "iqm")
+    assert [ax.get_title() for ax in fig.axes] == ["HalfCheetah-v4", "Hopper-v4", "All 2 tasks"]
+    assert all(ax.lines[0].get_ydata().tolist() == [0, 100] for ax in fig.axes) and len(fig.axes[2].lines) == 1
+    assert "TD3 at 1M" in fig.axes[0].get_ylabel()
+    assert "b is not in what is over all tasks" in capsys.readouterr().err
+    other = figure(tmp_path, "--normalise", "d4rl-v2", "--names", "a").axes
+    assert len(other) == 2 and other[0].lines[0].get_ydata()[1] == pytest.approx(100 * 10854.18 / 12415.18)
+
+
+def test_all_steps_begin_after_the_source_phase(results):
+    write_run(results, [0, 2500], [3, 4], name="w", source_steps=[50000, 50000])
+    ax = figure(results, "--all-steps", "--names", "w", "a").axes[0]
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[50, 52.5], [0, 2.5, 5]]
+    assert "source and target" in ax.get_xlabel().lower()
+
+
+def test_offline_bars_and_the_line(tmp_path):
+    write_run(tmp_path, [5000, 10000], [1, 2], name="bc", phase="offline")
+    for seed in range(2):
+        write_run(tmp_path, [0, 2500], [5, 6 + 2 * seed], name="wombet", seed=seed)
+    fig = figure(tmp_path, "--kind", "bars", "--phase", "offline", "--line", "wombet=WOMBET")
+    ax = fig.axes[0]
+    assert [bar.get_height() for bar in ax.patches[:1]] == [2] and ax.get_title() == "Hopper-v4 at 10k updates"
+    line, = [line for line in ax.lines if line.get_color() == plot.LINE["color"]]
+    assert line.get_ydata()[0] == 7 and legend(fig) == ["bc (1 seed)", "WOMBET, last target return"]
+
+
+def test_q_error(results):
+    write_run(results, [0, 2500], [3, 4], name="q", q_error=[20, -5])
+    ax, = figure(results, "--kind", "q-error").axes
+    assert len(ax.lines) == 1 and ax.lines[0].get_ydata().tolist() == [20, -5]
+
+
+def test_normalised_references(results, published):
+    ax, = figure(results, "--normalise", "td3-1m", "--published", published, "--reference", "sac@50000").axes
+    line, = [line for line in ax.lines if line.get_color() == "#555555"]
+    assert line.get_ydata()[0] == pytest.approx(100 * (530 - 18.8) / (3226 - 18.8))
 
 
 def test_legend_counts_seeds_and_names_choose(results):
@@ -265,6 +374,59 @@ def test_model_error(tmp_path):
     assert 0.5 < rho < 0.95 and f"= {rho:.2f}, n = 200" in ax.get_title()
 
 
+# -------------------------------------------------------------------------------------------------------------- summary
+
+
+def test_summary(tmp_path, published):
+    for env, shift in (("Hopper-v4", 0), ("HalfCheetah-v4", 3)):
+        for seed in range(2):
+            write_run(tmp_path / "fig2", [0, 2500, 5000], [1, 5 + seed, 9 + seed], env, "wombet", seed,
+                      q_error=[3, 2, 1])
+            write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
+    write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="scratch")
+    for name in ("stand", "stand-control"):
+        write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
+    write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
+    write_run(tmp_path / "fig4", [10000], [5], name="iql", seed=1, phase="offline")
+    assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
+    header, *rows = read_table(tmp_path / "summary.csv")
+    assert header == ["topic", "phase", "env", "method", "quantity", "step", *plot.MEASURES, "seeds"]
+    found = {tuple(row[:6]): row[6:] for row in rows}
+    assert len(found) == len(rows)
+    hopper = found["fig2", "target", "Hopper-v4", "wombet", "return", "5000"]
+    assert [float(x) for x in hopper] == pytest.approx([9.5, math.sqrt(0.5), 9.5, 9, 10, 2])
+    assert found["fig2", "target", "Hopper-v4", "wombet", "q_error", "0"][0] == "3"
+    assert found["fig4", "offline", "Hopper-v4", "iql", "return", "10000"] == ["5", "", "5", "", "", "1"]
+    assert found["published", "target", "Hopper-v4", "sac", "return", "50000"] == ["530", "99", "", "", "", "10"]
+    both = found["fig2", "target", "HalfCheetah-v4+Hopper-v4", "wombet", "normalised by td3-1m", "0"]
+    each = [100 * (1 + 289.4) / (10574 + 289.4), 100 * (1 - 18.8) / (3226 - 18.8)]
+    assert float(both[0]) == pytest.approx(np.mean(each)) and both[1] == ""  # tasks are no seeds
+
+    def compared(topic, env, words, step):
+        return found[topic, "target", env, "wombet", words, step]
+
+    assert compared("fig2", "Hopper-v4", "probability of improvement on sac@5000", "5000")[0] == "1"
+    assert compared("fig2", "Hopper-v4", "probability of improvement on sac@10000", "5000")[0] == "1"
+    assert compared("fig2", "HalfCheetah-v4+Hopper-v4", "probability of improvement on sac@5000", "5000")[3] == "1"
+    # sac ends at 5.5, what wombet's mean is at 2,500; on HalfCheetah at 2.5, which one of 5 and 6 reaches too
+    assert compared("fig2", "Hopper-v4", "steps to reach sac@10000", "5000") == ["2500", "", "", "2500", "5000", "2"]
+    assert compared("fig2", "HalfCheetah-v4", "steps to reach sac@10000", "5000")[0] == "2500"
+    # fig4 has no wombet of its own: fig2's; it never reaches 20
+    assert compared("fig4", "Hopper-v4", "steps to reach iql@5000", "5000")[0] == "inf"
+    assert compared("fig4", "Hopper-v4", "probability of improvement on iql@5000", "5000")[0] == "0"
+    # offline it counts updates: the end against the end
+    offline = [key for key in found if key[1] == "offline" and "iql@" in key[4]]
+    assert [key[3:] for key in offline] == [("wombet", "probability of improvement on iql@10000", "5000"),
+                                            ("wombet", "steps to reach iql@10000", "5000")]
+    # with another source task each group has its own control
+    assert {key[3:5] for key in found if key[0] == "shift" and "probability" in key[4]} == {
+        ("stand", "probability of improvement on stand-control@5000"),
+        ("stand", "probability of improvement on scratch@5000")}
+    before = (tmp_path / "summary.csv").read_text()
+    assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
+    assert (tmp_path / "summary.csv").read_text() == before
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -301,7 +463,10 @@ def test_bars_take_no_published_curve(results, published, capsys):
 @pytest.mark.parametrize("flags, word", [
     (["--reference", "sac@50000"], "--published"), (["--names", "a", "z"], "no run is named z"),
     (["--published", "none.csv", "--reference", "sac@1"], "none.csv"), (["--out", "picture.xyz"], "xyz"),
-    (["--kind", "alpha", "--table", "t.csv"], "--table"),
+    (["--kind", "summary", "--names", "a"], "--names"),
+    (["--line", "a"], "--line"), (["--kind", "bars", "--line", "z"], "no run is named z"),
+    (["--kind", "alpha", "--normalise", "td3-1m"], "--normalise"),
+    (["--all-steps", "--phase", "offline"], "--all-steps"), (["--kind", "q-error"], "nothing to draw"),
     (["--kind", "alpha", "--phase", "source"], "nothing to draw")])
 def test_other_bad_input(results, capsys, flags, word):
     assert draw(results, *flags) == 2
@@ -317,3 +482,31 @@ def test_a_folder_of_another_name_is_named(tmp_path, capsys):
     write_run(tmp_path, [0], [1]).rename(tmp_path / "Hopper-v4__0")
     assert draw(tmp_path) == 2
     assert_refused(capsys, "Hopper-v4__0")
+
+
+@pytest.mark.parametrize("out, word", [
+    ("file/a.png", "file"), ("folder.png", "folder.png"), ("a.jpeg", ".png or .pdf"), ("noending", ".png"),
+    (300 * "a" + ".png", "too long"), ("/proc/none/a.png", "/proc"), ("/proc/a.png", "/proc")])
+def test_what_cannot_be_written_is_refused_before_the_work(results, capsys, monkeypatch, out, word):
+    (results / "file").write_text("kept")
+    (results / "folder.png").mkdir()
+    monkeypatch.setattr(plot, "read_columns", lambda *args: pytest.fail("began to read"))
+    before = sorted(results.rglob("*"))
+    assert draw(results, "--out", results / out) == 2
+    assert_refused(capsys, "cannot write", word)
+    assert sorted(results.rglob("*")) == before and (results / "file").read_text() == "kept"
+
+
+def test_a_summary_is_csv_and_a_refused_one_leaves_the_old(results, capsys):
+    assert draw(results.parent, "--kind", "summary", "--out", results / "s.png") == 2
+    assert_refused(capsys, "cannot write", ".csv")
+    (results / "s.csv").write_text("old")
+    assert draw(results / "figures", "--kind", "summary", "--out", results / "s.csv") == 2
+    assert_refused(capsys, "no runs found")
+    assert (results / "s.csv").read_text() == "old"
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path, capsys):
+    assert draw(tmp_path / "typo") == 2
+    assert_refused(capsys, "no runs found", "typo")
+    assert not (tmp_path / "typo").exists()

@@ -19,7 +19,8 @@ from harness import COLUMNS, recent_return
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
           --random-steps 60 --snapshot-window 40 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2
-          --refit-epochs 1 --refit-every 50 --members 3 --return-percentile 30 --u-percentile 50
+          --refit-epochs 1 --refit-every 40 --imagine-every 20 --rollouts 12 --rollout-length 3
+          --offline-capacity 100 --members 3 --return-percentile 30 --u-percentile 50
           --imagined-trajectories 8 --imagined-length 10
           --population 8 --elites 4 --policy-samples 4 --batch-size 16
           --utd 2 --device cpu --threads 1""".split()
@@ -48,9 +49,9 @@ def test_a_run_leaves_what_the_readme_says(base, capsys):
     table = rows(base)
     assert list(table[0]) == [c for c in COLUMNS if c != "wall_clock"]
     assert [(r["phase"], r["source_steps"], r["env_steps"]) for r in table] == [
-        ("source", "60", "0"), ("source", "120", "0"), ("source", "150", "0"), ("target", "150", "60"),
-        ("target", "150", "120")]
-    assert [int(r["updates"]) for r in table] == [0, 120, 180, 120, 240]  # 2 per step; none in the 60 random ones
+        ("source", "60", "0"), ("source", "120", "0"), ("source", "150", "0"), ("target", "150", "0"),
+        ("target", "150", "60"), ("target", "150", "120")]
+    assert [int(r["updates"]) for r in table] == [0, 120, 180, 0, 120, 240]  # 2 per step; none in the 60 random ones
     config = json.loads((base / "config.json").read_text())
     assert config["flags"]["source_steps"] == 150 and set(config["versions"]) == {
         "python", "torch", "gymnasium", "mujoco", "numpy"}
@@ -87,17 +88,17 @@ def interrupt_at(monkeypatch, step):
             signal.raise_signal(signal.SIGINT)
         return original(env, action)
 
-    def marked(act, envs, frames=None, evaluate=tasks.evaluate):
+    def marked(act, envs, *rest, evaluate=tasks.evaluate):
         for env in envs:
             env.evaluates = True
-        return evaluate(act, envs, frames)
+        return evaluate(act, envs, *rest)
 
     monkeypatch.setattr(tasks.TaskEnv, "step", counted)
-    monkeypatch.setattr("run.evaluate", marked)
+    monkeypatch.setattr("harness.evaluate", marked)
 
 
-@pytest.mark.parametrize("flags, step", [([], 77), ([], 150 + 63), (["--explore", "mix", "--mpc-every", "2",
-                                                                     "--explore-refit-every", "40"], 131)])
+@pytest.mark.parametrize("flags, step", [([], 77), ([], 150 + 63), (["--imagine-with", "mpc", "--td-error", "signed"],
+                                                                     150 + 63)])
 def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatch, flags, step):
     whole = base if not flags else run(tmp_path / "whole", *flags)[1]
     with monkeypatch.context() as patch:
@@ -111,36 +112,46 @@ def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatc
     assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_precision_of_products(tmp_path, precision):
-    """The flag reaches torch; on this kind of CPU each choice is exact to float32, with AMX medium rounds to bfloat16."""
-    cpu = Path("/proc/cpuinfo")
-    rough = precision == "medium" and cpu.exists() and "amx" in cpu.read_text()
+@pytest.mark.parametrize("fast, precision", [("off", "highest"), ("auto", "medium")])
+def test_fast(tmp_path, fast, precision):
+    """What the flag stands for is in force and in config.json; a short run is not compiled."""
     try:
-        assert run(tmp_path, "--no-prior", "--target-steps", 70, "--precision", precision)[0] == 0
-        assert torch.get_float32_matmul_precision() == precision
-        x, w = torch.randn(5, 128, 200), torch.randn(5, 200, 200)
-        error = (torch.bmm(x, w) - torch.bmm(x.double(), w.double())).abs().max() / 200**0.5
-        assert error < (2e-2 if rough else 1e-5)
+        code, folder = run(tmp_path, "--no-prior", "--target-steps", 70, "--fast", fast)
+        speed = json.loads((folder / "config.json").read_text())["speed"]
+        assert code == 0 and torch.get_float32_matmul_precision() == precision == speed["precision"]
+        assert speed["compile"] is False
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_what_fast_stands_for(monkeypatch):
+    long = ["--source-steps", "40000"]
+    settings = lambda *flags: wombet.parse_args([*flags, "--device", "cpu"]).speed
+    for bfloat16 in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+        assert settings()["dtype"] == ("bfloat16" if bfloat16 else "float32")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
+    assert settings(*long)["compile"] and settings("--fast", "on") == {
+        "compile": True, "dtype": "bfloat16", "precision": "medium"}
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not settings(*long)["compile"]
 
 
 MEMORY = """
 import resource, sys, wombet
 from pathlib import Path
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-args = wombet.parse_args(["--env", "HalfCheetah-v4", "--target-steps", "1000000", "--eval-episodes", "1",
+args = wombet.parse_args(["--env", "HalfCheetah-v4", "--target-steps", "1000000", "--source-steps", "20000", "--fast", "off", "--eval-episodes", "1",
                           "--model-hidden", "16", "--model-batch-size", "4096"])
 run = wombet.build(args, Path(sys.argv[1]))
 for _ in range(1000):
     wombet.torch.manual_seed(0)
     run.target.buffer.add(**{k: wombet.torch.rand(1000, *v.shape[1:]) for k, v in run.target.buffer.data.items()})
 run.source.buffer.add(**run.target.buffer.sample(20_000))
-run.offline_data.add(**run.target.buffer.sample(200_000))
+run.offline_data.add(**run.target.buffer.sample(50_000))
 before = peak()
 for _ in range(20):
-    wombet.update(run, run.target, run.offline_data)
+    wombet.update(run, run.target)
 print(before, peak() - before)
 wombet.fit(run, 1)
 wombet.save(run.dir / "checkpoint.pt", wombet.state_dict(run))
@@ -149,7 +160,7 @@ print(peak())
 
 
 def test_memory_of_a_long_run(tmp_path):
-    """1,000,000 transitions in D_T and 200,000 in D_S: an update takes no copy of them, fit and checkpoint stay small."""
+    """1,020,000 real transitions and 50,000 in D_S: an update takes no copy of them, fit and checkpoint stay small."""
     root = Path(wombet.__file__).parent
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], cwd=root, capture_output=True, text=True)
     filled, update, whole = map(float, done.stdout.split() and [w for w in done.stdout.split() if w[0].isdigit()][:2]
@@ -174,8 +185,8 @@ def test_the_source_agent_that_goes_on(tmp_path, monkeypatch, window):
     """The last one, or the one whose recent training episodes returned most."""
     seen, original = [], wombet.update
 
-    def watched(run, side, prior):
-        info = original(run, side, prior)
+    def watched(run, side):
+        info = original(run, side)
         if side is run.source:
             seen.append((side.env.obs is None, recent_return(side.buffer, 40), side.agent.log_temperature.item()))
         return info
@@ -197,20 +208,22 @@ def test_resume_goes_on_to_more_steps(base, tmp_path):
 
 
 TARGET_FLAGS = {
-    "fixed share": ["--alpha-rule", "fixed", "--alpha", "0.25"],
+    "fixed share": ["--alpha-rule", "fixed", "--alpha", "0.25"], "no imagination": ["--alpha-rule", "fixed", "--alpha", "0"],
+    "signed TD error": ["--td-error", "signed", "--alpha-gain", "3"],
     "filter by return": ["--filter", "return"], "filter by u": ["--filter", "uncertainty"],
     "no filter": ["--filter", "none"],
     "thresholds": ["--return-threshold", "-1000", "--u-threshold", "1000"],
     "no penalty in MPC": ["--plan-penalty-coef", "0"], "no penalty in the target": ["--target-penalty-coef", "0"],
     "no refit": ["--refit-every", "0"], "refit on D_S": ["--refit-on-imagined"], "no guide": ["--no-guide"],
-    "new agent": ["--no-warm-start"], "imagined data alone": ["--no-keep-source-data"],
-    "D_S from the environment": ["--generate-in", "env"],
-    "variance": ["--uncertainty", "variance"], "max distance": ["--uncertainty", "max-distance"],
-    "aleatoric": ["--uncertainty", "aleatoric"], "pretrain": ["--pretrain-updates", "10"],
+    "the first round alone": ["--imagine-every", "0"], "MPC's rounds": ["--imagine-with", "mpc"],
+    "new agent": ["--no-warm-start"], "without real source data": ["--no-keep-source-data"],
+    "D_S from the environment": ["--generate-in", "env"], "members": ["--expectation", "members"],
+    "pretrain": ["--pretrain-updates", "10"],
     "best": ["--execute", "best"], "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
     "actor on min": ["--actor-q", "min"], "no average": ["--actor-average", "1"],
-    "no entropy": ["--no-backup-entropy"], "M < N": ["--min-critics", "1"],
-    "bfloat16": ["--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"],
+    "no entropy": ["--no-backup-entropy"], "no entropy for the actor": ["--no-actor-entropy"],
+    "M < N": ["--min-critics", "1"], "other rollouts": ["--rollouts", "20", "--rollout-length", "2"],
+    "a small D_S": ["--offline-capacity", "81"],
 }
 
 
@@ -221,33 +234,120 @@ def test_target_flags(base, tmp_path, flags):
     assert code == 0
     ours, theirs = rows(folder), rows(base)
     assert ours[:3] == theirs[:3]  # the source phase is the other run's
-    assert ours[3:] != theirs[3:]
+    assert ours[4:] != theirs[4:]
+    if "--no-warm-start" not in flags and "--pretrain-updates" not in flags:
+        assert ours[3]["return_mean"] == theirs[3]["return_mean"]  # row 0 is the source's agent
     if "fixed" in flags:
-        assert {r["alpha"] for r in ours[3:]} == {"0.25"}
+        assert {r["alpha"] for r in ours[3:]} == {str(float(flags[-1]))}
+    if flags[-1] == "0" and "--alpha" in flags:
+        assert ours[-1]["offline_size"] == "0" and not (folder / "dataset.npz").exists()
     if "none" in flags or "-1000" in flags:  # all pass but those without a single trusted step
-        assert all(float(r["acceptance"]) >= 0.75 for r in ours[3:]) and float(theirs[-1]["acceptance"]) < 0.75
-    if "--refit-every" in flags:
+        assert float(ours[-1]["acceptance"]) >= 0.75 > float(theirs[-1]["acceptance"])
+    if "--imagine-every" in flags:
         assert len({r["offline_size"] for r in ours[3:]}) == 1
     if "--pretrain-updates" in flags:
-        assert int(ours[-1]["updates"]) == int(theirs[-1]["updates"]) + 10
+        assert int(ours[3]["updates"]) == 10 and int(ours[-1]["updates"]) == int(theirs[-1]["updates"]) + 10
     if "env" in flags:
         assert int(ours[-1]["source_steps"]) > 150
 
 
-def test_the_source_data_in_the_prior(base, tmp_path):
-    """They come once, first and whole, with the target's reward and the model's u; the flag leaves the rest alone."""
-    _, without = run(tmp_path, "--source-run", base, "--no-keep-source-data", "--refit-every", "0")
-    _, also = run(tmp_path, "--source-run", base, "--refit-every", "0", name="also")
-    data, imagined = np.load(also / "dataset.npz"), np.load(without / "dataset.npz")
+@pytest.mark.parametrize("flags", [["--uncertainty", "variance"], ["--uncertainty", "max-distance"],
+                                   ["--uncertainty", "aleatoric"], ["--coverage", "0"]])
+def test_uncertainty_flags(base, tmp_path, flags):
+    code, folder = run(tmp_path, "--source-run", base, *flags)
+    assert code == 0 and rows(folder)[4:] != rows(base)[4:]
+
+
+STOP = KeyError("seen enough")
+
+
+def until(monkeypatch, tmp_path, name, watch, *flags):
+    """Runs with wombet.`name` replaced by watch(original, *arguments), which may raise STOP."""
+    original = getattr(wombet, name)
+    monkeypatch.setattr(wombet, name, lambda *args: watch(original, *args))
+    try:
+        return run(tmp_path, *flags)
+    except KeyError as error:
+        assert error is STOP
+
+
+@pytest.fixture(scope="module")
+def backward(tmp_path_factory):
+    """A source run whose reward differs from the target's everywhere."""
+    code, folder = run(tmp_path_factory.mktemp("backward"), "--source", "backward")
+    assert code == 0
+    return folder
+
+
+def test_each_step_uses_the_right_tasks_reward(backward, tmp_path, monkeypatch):
+    """The planner and J see r_S; D_S and the pool hold r_T. Backwards, the two have opposite speeds."""
+    r_t = lambda d: d["features"][..., 0] + 1.0 - 1e-3 * d["action"].square().sum(-1)
+    r_s = lambda d: -d["features"][..., 0] + 1.0 - 1e-3 * d["action"].square().sum(-1)
+
+    def watch_score(original, run, trajectories):
+        planned = wombet.planner(run).reward(*(trajectories[k] for k in ("obs", "action", "next_obs", "features")))
+        torch.testing.assert_close(planned, r_s(trajectories))
+        returns, mean_u = original(run, trajectories)
+        whole = trajectories["valid"].all(1)
+        by_hand = (r_s(trajectories) * 0.99 ** torch.arange(10)).sum(1)
+        torch.testing.assert_close(returns[whole], by_hand[whole])
+        assert whole.any()
+        return returns, mean_u
+
+    flags = ["--source-run", backward, "--source", "backward"]
+    with monkeypatch.context() as patch:
+        assert until(patch, tmp_path, "score", watch_score, *flags)[0] == 0
+    state = torch.load(tmp_path / backward.name / "checkpoint.pt", weights_only=True)
+    for rows_of in (state["offline_data"]["rows"], state["target"]["buffer"]["rows"]):
+        torch.testing.assert_close(rows_of["reward"], r_t(rows_of))
+    assert not state["target"]["buffer"]["rows"]["uncertainty"].any()  # real data are not penalised
+    assert (state["offline_data"]["rows"]["uncertainty"] > 0).all()
+
+
+def test_thresholds_are_held_over_rounds(base, tmp_path, monkeypatch):
+    seen, original = [], wombet.accept
+    monkeypatch.setattr(wombet, "accept", lambda returns, u, *th: (seen.append(th[:2]), original(returns, u, *th))[1])
+    assert run(tmp_path, "--source-run", base, "--imagine-with", "mpc")[0] == 0
+    assert len(seen) > 3 and len(set(seen)) == 1
+
+
+def test_alpha_follows_the_td_error(base, tmp_path):
+    _, folder = run(tmp_path, "--source-run", base, "--alpha-gain", "0.1", "--alpha-min", "0", "--alpha-max", "0.9")
+    for row in rows(folder)[4:]:
+        assert float(row["alpha"]) == pytest.approx(0.1 * float(row["td_error"]))
+        assert 0 < float(row["alpha"]) < 0.9  # not clipped
+
+
+def test_one_pool_of_real_data(base, tmp_path):
+    """The source's transitions come first and whole, with the target's reward; D_S is imagined alone, and bounded."""
     source = torch.load(base / "source.pt", weights_only=True)["source"]["buffer"]["rows"]
-    keys = {"observations": "obs", "actions": "action", "next_observations": "next_obs", "terminals": "terminated",
-            "timeouts": "timeout"}
-    for key, name in keys.items():
-        np.testing.assert_array_equal(data[key], np.concatenate([source[name].numpy(), imagined[key]]))
-    target = source["features"][:, 0] + 1.0 - 1e-3 * source["action"].square().sum(1)
-    np.testing.assert_allclose(data["rewards"][:150], target, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(data["rewards"][150:], imagined["rewards"])
-    assert (data["uncertainty"] > 0).all()
+    state = torch.load(base / "checkpoint.pt", weights_only=True)
+    pool = state["target"]["buffer"]["rows"]
+    for key in ("obs", "action", "next_obs", "terminated", "timeout", "features"):
+        assert torch.equal(pool[key][:150], source[key])
+    assert len(pool["obs"]) == 150 + 120 and len(state["offline_data"]["rows"]["obs"]) == 100
+    _, without = run(tmp_path, "--source-run", base, "--no-keep-source-data")
+    alone = torch.load(without / "checkpoint.pt", weights_only=True)["target"]["buffer"]["rows"]
+    assert len(alone["obs"]) == 120
+
+
+def test_the_policys_rounds(base, tmp_path, monkeypatch):
+    """From real states, half of them the target's once there are some, a few steps each, with the model as it is."""
+    starts = []
+
+    def watch(original, run):
+        n, size = run.target.step, run.offline_data.size
+        original(run)
+        new = run.offline_data.filled()["obs"]
+        pool = run.target.buffer.filled()["obs"]
+        is_source = lambda obs: (obs[:, None] == run.source.buffer.filled()["obs"][None]).all(-1).any(1)
+        is_target = lambda obs: (obs[:, None] == pool[run.pooled:][None]).all(-1).any(1) if n else torch.zeros(len(obs))
+        starts.append((n, size, is_source(new).sum().item(), is_target(new).sum().item()))
+
+    code, _ = until(monkeypatch, tmp_path, "imagine_policy", watch, "--source-run", base, "--rollout-length", "1",
+                    "--trust-percentile", "0", "--offline-capacity", "500")
+    assert code == 0 and [s[0] for s in starts] == [20, 40, 60, 80, 100]
+    assert starts[-1][2] >= 25 and starts[-1][3] >= 25  # five rounds of six each, beside the first D_S
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -274,14 +374,6 @@ def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, w
     assert same(source, source_later) and not same(target, target_later)
 
 
-def test_restarts_let_every_planned_step_count(base, tmp_path):
-    flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60",
-             "--trust-percentile", "60", "--no-keep-source-data"]
-    sizes = [int(rows(run(tmp_path, *flags, *more, name=f"n{len(more)}")[1])[-1]["offline_size"])
-             for more in ([], ["--restart"])]
-    assert 80 >= sizes[1] > sizes[0]  # 8 places of 10 steps
-
-
 def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
     folder = shutil.copytree(base, tmp_path / base.name)
     state = torch.load(folder / "source.pt", weights_only=True)
@@ -292,16 +384,13 @@ def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
 
 
 def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
-    flags = ["--source-run", base, "--filter", "none", "--refit-every", "0", "--target-steps", "60",
-             "--no-keep-source-data"]
+    flags = ["--source-run", base, "--filter", "none", "--imagine-every", "0", "--target-steps", "60"]
     runs = [run(tmp_path, *flags, "--trust-percentile", p, name=p)[1] for p in ("0", "60")]
     sizes = [int(rows(folder)[-1]["offline_size"]) for folder in runs]
     assert sizes[0] > 70 > sizes[1]  # 8 trajectories of 10 steps; few terminate
 
 
-@pytest.mark.parametrize("flags", [["--explore", "mpc"], ["--source", "stand"], ["--source-speed-cap", "0.1"],
-                                   ["--no-layer-norm"],
-                                   ["--collect-penalty-coef", "5", "--explore", "mix", "--mpc-every", "2"]])
+@pytest.mark.parametrize("flags", [["--source", "stand"], ["--source-speed-cap", "0.1"], ["--no-layer-norm"]])
 def test_source_flags(base, tmp_path, flags):
     code, folder = run(tmp_path, *flags)
     assert code == 0 and rows(folder)[-1] != rows(base)[-1]
@@ -344,13 +433,16 @@ BAD = {
     "negative size": ["--batch-size", "-1"],
     "zero": ["--horizon", "0"],
     "alpha": ["--alpha-min", "0.6", "--alpha-max", "0.5"],
+    "no real data": ["--alpha-max", "1"],
     "critics": ["--critics", "2", "--min-critics", "3"],
     "elites": ["--elites", "9"],
     "no average at all": ["--actor-average", "0"],
     "horizon": ["--horizon", "11"],
     "random actions alone": ["--random-steps", "150"],
     "alone, from scratch": ["--no-prior", "--random-steps", "120"],
-    "restart": ["--restart", "--generate-in", "env"],
+    "a round larger than D_S": ["--offline-capacity", "79"],
+    "nothing to pretrain on": ["--no-prior", "--pretrain-updates", "5"],
+    "preset": ["--preset", "x"],
     "device": ["--device", "cuda:7"],
     "nonsense device": ["--device", "abacus"],
     "unknown flag": ["--nope"],
@@ -473,6 +565,16 @@ def test_gif(base, tmp_path, capsys):
     if code == 2 and "cannot draw" in capsys.readouterr().err:
         pytest.skip("this machine has no OpenGL to draw with (EGL, OSMesa or a screen)")
     assert code == 0 and (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_preset_paper(base, tmp_path):
+    """All its flags are in force, but for those given beside it, before or after."""
+    args = vars(wombet.parse_args(["--guide", "--preset", "paper", "--alpha-gain", "0.7"]))
+    given = {"guide": True, "alpha_gain": 0.7}
+    assert all(args[key] == {**wombet.PAPER, **given}.get(key) for key in {**wombet.PAPER, **given})
+    plain = vars(wombet.parse_args([]))
+    assert all(plain[key] != value for key, value in wombet.PAPER.items())  # each is a departure
+    assert run(tmp_path, "--preset", "paper", "--imagined-length", "16", "--offline-capacity", "300")[0] == 0
 
 
 def test_help_names_every_flag_with_a_word_of_help():

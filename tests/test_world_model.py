@@ -115,7 +115,7 @@ def test_uncertainty_formula(fitted, kind):
                 "variance": gap.square().mean(0).mean(-1),
                 "max-distance": gap.square().sum(-1).sqrt().max(0).values / math.sqrt(3),
                 "aleatoric": (std / target_std).square().sum(-1).sqrt().max(0).values / math.sqrt(3)}[kind]
-    torch.testing.assert_close(model.uncertainty(obs, action), expected, rtol=0.05, atol=1e-6)
+    torch.testing.assert_close(model.uncertainty(obs, action), model.scale * expected, rtol=0.05, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "aleatoric"])
@@ -158,7 +158,7 @@ def test_constant_dimensions_are_exact_and_harmless(kind):
     expected = {"std": gap.square().mean(0).mean(-1).sqrt(), "variance": gap.square().mean(0).mean(-1),
                 "max-distance": gap.square().mean(-1).sqrt().max(0).values,
                 "aleatoric": (std[..., moving] / model.target_std[moving]).square().mean(-1).sqrt().max(0).values}[kind]
-    torch.testing.assert_close(u, expected, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(u, model.scale * expected, rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1])
@@ -195,13 +195,40 @@ def test_bootstraps_and_holdout():
     obs = torch.stack([torch.arange(400.0), torch.randn(400)], -1)
     model, batches = small(members=3), {2: [], 3: []}  # by dimensions: one batch for all members, one for each
     model.register_forward_pre_hook(lambda _, args: batches[args[0].dim()].append(args[0][..., 0]))
-    model.fit(obs, action, next_obs, features, max_epochs=2, batch_size=100, holdout=0.25)
+    model.fit(obs, action, next_obs, features, max_epochs=2, batch_size=100, held_out=obs[:, 0] % 4 == 0)
     first, second = (torch.cat(half, 1).sort(1).values for half in (batches[3][:3], batches[3][3:]))
     assert first.shape == (3, 300) and torch.equal(first, second)
     uniques, held = [set(rows.tolist()) for rows in first], set(batches[2][-1].tolist())
     assert all(0.55 < len(rows) / 300 < 0.71 for rows in uniques)  # 1 - 1/e of the split
     assert uniques[0] != uniques[1] != uniques[2] and 265 < len(set.union(*uniques))  # 1 - 1/e^3
     assert len(held) == 100 and not held & set.union(*uniques)
+
+
+def test_calibrated_uncertainty_covers_the_error():
+    """u is at or above the error for 95 % of the rows that scaled it, and for about as many new ones; a scale of 1 is
+    the switch's off. The rows held out are the same in a refit on more rows."""
+    data, _ = linear_data(3000)
+    new, _ = linear_data(1000)
+    model, plain = small(), small(coverage=0.0)
+    result = model.fit(*data, max_epochs=8)
+    covered = (result["holdout_u"] >= result["holdout_error"]).float().mean()
+    assert 0.95 <= covered < 0.96 + 1 / 150
+    assert (model.uncertainty(*new[:2]) >= model.error(*new)).float().mean() > 0.91
+    plain.fit(*data, max_epochs=1)
+    assert plain.scale == 1 and model.scale != 1
+    assert model._conformal_scale(torch.ones(39), torch.arange(39.0)) == 37  # ceil(40 * .95) = 38th smallest
+    assert model._conformal_scale(torch.ones(3), torch.arange(3.0)) == 2
+
+
+def test_member_step_moves_each_row_by_its_member(fitted):
+    data, _, state = fitted
+    model = fill(small(), state)
+    obs, action = data[0][:10], data[1][:10]
+    mean, _ = model.predict(obs, action)
+    next_obs, features, u = model.member_step(obs, action)
+    expected = torch.stack([mean[i % 5, i] for i in range(10)])
+    torch.testing.assert_close(torch.cat([next_obs, features], -1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(u, model.step(obs, action)[2])
 
 
 def test_each_member_keeps_its_own_best():

@@ -1,0 +1,144 @@
+"""Every number in a page's result table is results/summary.csv's, and that file is what the runs in results/ give.
+
+A table is marked by a comment before it, which names what each column after the first holds:
+
+    <!-- table: summary.csv fig2/wombet@0 fig2/wombet@25000 control/control@25000 published/*@100000 -->
+    | Task | zero-shot | WOMBET | without imagination | best published |
+    |---|---|---|---|---|
+    | HalfCheetah-v4 | 2,751 | 6,040 ± 1,595 | 5,123 [4,207, 6,801] | 8,330 (BRO) |
+
+The first cell is the environment, or begins with "All" for the row over all tasks, normalised. A cell is a mean, a mean
+± standard deviation, or an interquartile mean [interval], rounded as it likes; words do not count; – is not measured.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+import plot
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "<!-- table: summary.csv"
+NUMBER = r"(-?[\d.]+)"
+CELL = re.compile(rf"^{NUMBER}(?: ± {NUMBER}| \[{NUMBER}, {NUMBER}\])?$")
+
+
+def read_summary(path):
+    """{(topic, environment or "All", method, step): row} of returns in the target phase; over all tasks normalised."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["phase"] == "target"]
+    kept = [row for row in rows if row["quantity"].startswith("normalised" if "+" in row["env"] else "return")]
+    return {(row["topic"], "All" if "+" in row["env"] else row["env"], row["method"], int(row["step"])): row
+            for row in kept}
+
+
+def look_up(summary, env, column):
+    """The row that `topic/method@step` names; of topic/*@step the one with the highest mean. None without one."""
+    topic, method, step = re.fullmatch(r"([\w-]+)/([\w*-]+)@(\d+)", column).groups()
+    rows = [row for (t, e, m, s), row in summary.items()
+            if (t, e, s) == (topic, env, int(step)) and method in ("*", m)]
+    return max(rows, key=lambda row: float(row["mean"]), default=None)
+
+
+def faults(text, summary):
+    """What is wrong with the marked tables of a page, a line each; None if it has none."""
+    found, parts = [], text.split(MARK)[1:]
+    for part in parts:
+        columns, _, below = part.partition("-->")
+        table = re.match(r"\s*((?:\|.*\n)+)", below + "\n")
+        rows = [line.strip().strip("|").split("|") for line in table[1].splitlines()] if table else []
+        if len(rows) < 3 or any(len(row) != len(columns.split()) + 1 for row in rows):
+            found.append(f"the comment must name every column but the first of the table below it:{columns}")
+            continue
+        for env, *cells in rows[2:]:
+            env = "All" if env.strip().startswith("All") else env.strip()
+            for column, cell in zip(columns.split(), cells):
+                plain = re.sub(r"(?<=\d),(?=\d{3})", "", re.sub(r"[*()]|\b[A-Za-z]\w*", "", cell).replace("−", "-"))
+                row, match = look_up(summary, env, column), CELL.match(plain.strip())
+                if row is None and plain.strip() in ("–", ""):
+                    continue
+                if row is None or not match:
+                    found.append(f"{env} {column}: {cell.strip()!r} " + ("cannot be read" if row else "is not in it"))
+                    continue
+                keys = ("iqm", "low", "high") if match[3] else ("mean", "std")
+                for number, key in zip((n for n in match.groups() if n), keys):
+                    digits = len(number.partition(".")[2])
+                    if not row[key] or f"{float(row[key]):.{digits}f}" != f"{float(number):.{digits}f}":
+                        found.append(f"{env} {column}: {number} for {key} {row[key] or '(none)'}")
+    return found if parts else None
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "baselines/README.md"])
+def test_tables_hold_the_summarys_numbers(page):
+    path = ROOT / page
+    if not path.exists() or MARK not in path.read_text(encoding="utf-8"):
+        pytest.skip(f"{page} has no table marked {MARK} -->")
+    assert faults(path.read_text(encoding="utf-8"), read_summary(ROOT / "results" / "summary.csv")) == []
+
+
+def test_summary_is_what_the_runs_give(tmp_path):
+    kept = ROOT / "results" / "summary.csv"
+    if not kept.exists():
+        pytest.skip("results/summary.csv is not there yet")
+    assert plot.main([str(ROOT / "results"), "--kind", "summary", "--published",
+                      str(ROOT / "results" / "published_curves.csv"), "--out", str(tmp_path / "summary.csv")]) == 0
+    assert (tmp_path / "summary.csv").read_text() == kept.read_text(), (
+        "run python plot.py results --kind summary --published results/published_curves.csv --out results/summary.csv")
+
+
+# the check itself: a right table passes, each wrong one is named
+
+SUMMARY = """topic,phase,env,method,quantity,step,mean,std,iqm,low,high,seeds
+fig2,target,Hopper-v4,wombet,return,0,1234.56,300.4,1200.2,900,1500.7,5
+fig2,target,Hopper-v4,wombet,q_error,0,7,1,7,7,7,5
+fig2,offline,Hopper-v4,wombet,return,0,8,1,8,8,8,5
+fig2,target,Hopper-v4+Walker2d-v4,wombet,normalised by td3-1m,0,38.25,,37.2,30,41,5
+control,target,Hopper-v4,control,return,25000,-1234.5,,,,,1
+published,target,Hopper-v4,sac,return,50000,530,99,,,,10
+published,target,Hopper-v4,bro_utd10,return,50000,2485,99,,,,10
+"""
+PAGE = """text
+<!-- table: summary.csv fig2/wombet@0 control/control@25000 published/*@50000 -->
+| Task | one | two | three |
+|---|---|---|---|
+| Hopper-v4 | {} | {} | {} |
+| All tasks | {} | – | – |
+more text
+"""
+
+
+def check(tmp_path, *cells):
+    (tmp_path / "summary.csv").write_text(SUMMARY)
+    return faults(PAGE.format(*cells), read_summary(tmp_path / "summary.csv"))
+
+
+@pytest.mark.parametrize("cells", [
+    ("1,235", "−1,234.5", "2,485", "38"), ("**1,234.6 ± 300**", "−1234.5", "2,485 (BRO)", "37 [30, 41]"),
+    ("1,200 [900, 1,501]", "-1234.5", "2485 (bro_utd10)", "38.2")])
+def test_right_tables_pass(tmp_path, cells):
+    assert check(tmp_path, *cells) == []
+
+
+@pytest.mark.parametrize("at, cell, words", [
+    (0, "1,234", "1234 for mean"), (0, "1,235 ± 301", "301 for std"), (0, "1,235 [900, 1501]", "1235 for iqm"),
+    (0, "1,200 [900, 1,502]", "1502 for high"), (0, "7", "7 for mean"), (0, "8", "8 for mean"),
+    (0, "–", "cannot be read"),
+    (1, "1,234.5", "1234.5 for mean"), (1, "-1234.5 ± 3", "3 for std"), (2, "530", "530 for mean"),
+    (2, "2,485 of 3", "cannot be read"), (3, "38 ± 2", "2 for std"), (3, "1,235", "1235 for mean")])
+def test_wrong_tables_are_named(tmp_path, at, cell, words):
+    cells = ["1,235", "-1234.5", "2,485", "38"]
+    cells[at] = cell
+    fault, = check(tmp_path, *cells)
+    assert words in fault
+
+
+def test_what_the_summary_lacks_and_a_wrong_comment_are_named(tmp_path):
+    (tmp_path / "summary.csv").write_text(SUMMARY)
+    summary = read_summary(tmp_path / "summary.csv")
+    page = PAGE.format("1,235", "-1234.5", "2,485", "38")
+    assert "is not in it" in faults(page.replace("wombet@0", "wombet@5000"), summary)[0]
+    assert "every column" in faults(page.replace(" control/control@25000", ""), summary)[0]
+    assert "every column" in faults(page.replace("| Task", "text\n| Task"), summary)[0]
+    assert faults("no table", summary) is None
