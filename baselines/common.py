@@ -27,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files tha
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from agent import ReplayBuffer
-from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
-                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser, nonnegative,
-                     not_below, open_run, some_path, positive, read_flags, real, require, require_memory, run_program, save,
-                     save_dataset, show, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step,
-                     write_config)
+from harness import (COLUMNS, SWITCH, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
+                     load_dataset, load_log_and_generators, Log, log_and_generators, must_fit, must_match, new_parser,
+                     nonnegative, not_below, open_run, positive, read_flags, real, require, require_memory, run_program,
+                     save, save_dataset, show, some_path, source_quantities, stop_if_interrupted, stop_if_not_finite,
+                     store_step, write_config)
 from tasks import TaskEnv
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -56,8 +57,8 @@ def offline_parser(doc, name):
     g.add_argument("--offline-updates", type=amount, default=100_000, help="gradient updates on the dataset")
     g.add_argument("--online-steps", type=amount, default=0, help="steps in the target environment after that")
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", type=some_path, metavar="FILE", help=".npz with D4RL's keys, such as a run's dataset.npz "
-                   "(required)")
+    g.add_argument("--dataset", type=some_path, metavar="FILE", help=".npz with D4RL's keys, such as a run's "
+                   "dataset.npz (required)")
     g.add_argument("--source-rewards", action="store_true", help="learn offline from the source task's rewards, "
                    "recomputed, instead of those in the file")
     return parser
@@ -80,9 +81,28 @@ def agent_flags(parser, title, **defaults):
     return group
 
 
-def check_data(args):
+def agent_arguments(args, env, *names):
+    """What an agent takes: sizes, device, and the flags `names`, of which a method need not have all."""
+    given = {name: getattr(args, name) for name in names if name in args}
+    return {"obs_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": (args.hidden,) * args.layers,
+            "device": args.device, **given}
+
+
+def check_online(args):
+    for flag in ("random_steps", "rollout_steps"):
+        first = vars(args).get(flag, 0)
+        least = first + (flag == "random_steps")  # a batch that is just full is learned from
+        require(least <= args.target_steps, f"--{flag.replace('_', '-')} {first} leaves none of --target-steps "
+                                            f"{args.target_steps} to learn in")
+
+
+def check_offline(args):
     require(args.dataset or args.evaluate, "--dataset FILE.npz is required")
     require(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
+    TaskEnv(args.env, args.source, **source_quantities(args))  # ValueError where there is none such, used or not
+    unused = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
+              if key.startswith("source") and key != "source_rewards" and value not in (None, "near")]
+    require(args.source_rewards or not unused, f"{', '.join(unused)}: of use with --source-rewards alone")
 
 
 # ------------------------------------------------------------------------------------------------------------- set-up
@@ -281,8 +301,11 @@ def main(program, parser, make_agent, argv=None, check=None):
     Args:
         program: the script's name without .py. make_agent(args, env): the agent. check(args): raises ValueError.
     """
-    checks = [f for f in (check, check_data if parser.get_default("offline_updates") is not None else None) if f]
-    return run_program(program, lambda: read_flags(argv, parser, lambda args: [f(args) for f in checks], ANEW),
+    def check_all(args):
+        (check_offline if "dataset" in args else check_online)(args)
+        check and check(args)
+
+    return run_program(program, lambda: read_flags(argv, parser, check_all, ANEW),
                        lambda args: train(args, make_agent, program), lambda args: play(args, make_agent, program))
 
 
@@ -306,6 +329,15 @@ def follow(target, network, polyak):
     torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), polyak)
 
 
+def update_critics(agent, batch, y):
+    """One step of the agent's critics on (Q_i(s, a) - y)^2, y (B,): what a baseline logs of it."""
+    q = agent.critic(batch["obs"], batch["action"])
+    loss = (q - y).square().mean(1).sum()
+    step(agent.critic_optimizer, loss)
+    q = q.detach()
+    return {"critic_loss": loss.detach() / len(q), "q_mean": q.mean(), "td_error": (q.mean(0) - y).abs().mean()}
+
+
 def frozen_copy(network):
     """A target network: a copy without gradients."""
     return copy.deepcopy(network).requires_grad_(False)
@@ -326,6 +358,8 @@ def log_normal(x, mean, log_std):
 class GaussianPolicy(nn.Module):
     """a ~ N(tanh(f(s)), diag(std)^2), cut to [-1, 1]; std does not depend on s (IQL's and AWAC's actor)."""
 
+    LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
         self.mean = mlp(obs_dim, hidden, action_dim, last=nn.Tanh)
@@ -333,7 +367,9 @@ class GaussianPolicy(nn.Module):
 
     @property
     def log_std(self):
-        return self.free_log_std.clamp(-5.0, 2.0)
+        """In [-5, 2], by soft bounds as the world model's: beyond a clamp's the gradient is 0 for ever."""
+        below = self.LOG_STD_MAX - F.softplus(self.LOG_STD_MAX - self.free_log_std)
+        return self.LOG_STD_MIN + F.softplus(below - self.LOG_STD_MIN)
 
     def log_prob(self, obs, action):
         """log-density before the cut: obs (B, d), action (B, A) -> (B,)."""
