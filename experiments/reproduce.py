@@ -44,8 +44,8 @@ BUDGETS = {
               "target": 200, "online": 400, "offline": 100, "slow_offline": 50,
               "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
                                     "--hidden 64 --model-hidden 64 --random-steps 100 --snapshot-window 100 "
-                                    "--model-epochs 2 --rollouts 100 --imagine-every 50 --imagined-trajectories 16 "
-                                    "--imagined-length 20 --return-percentile 30"),
+                                    "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
+                                    "--imagined-length 15 --return-percentile 30"),
               "baseline": shlex.split("--fast off --eval-every 50 --eval-episodes 2 --checkpoint-every 50 --hidden 64"),
               "learner": ("--random-steps", 100), "bound": shlex.split("--episodes 2 --length 20")}}
 
@@ -319,10 +319,10 @@ def run_all(jobs, slots, b):
         return sum(times) / len(times) if times else None
 
     def summary():
-        known = [expected(job) for job in (*waiting, *running)]
-        spent = sum(time.time() - began for _, began in running.values())
-        left = None if None in known else max(sum(known) - spent, 0) / min(slots, max(len(known), 1))
-        return (f"{len(running)} running, {len(waiting)} waiting, {done} done, {failed} failed, {clock(left)} left")
+        spent = {job: time.time() - began for job, (_, began) in running.items()}
+        left = [expected(job) and max(expected(job) - spent.get(job, 0), 0) for job in (*waiting, *running)]
+        left = None if None in left else sum(left) / min(slots, max(len(left), 1))
+        return f"{len(running)} running, {len(waiting)} waiting, {done} done, {failed} failed, {clock(left)} left"
 
     def fail(job, why, lines=()):
         nonlocal failed
@@ -356,8 +356,9 @@ def run_all(jobs, slots, b):
                     done += 1
                     took.setdefault(kind(job), []).append(time.time() - began)
                     board.say(f"done: {title(job)} in {clock(time.time() - began)}; {summary()}")
-            board.draw([summary(), *(f"  {title(job):44} {clock(time.time() - began)}  {''.join(last_lines(job, b, 1))}"
-                                     for job, (_, began) in running.items())])
+            if board.terminal:
+                board.draw([summary(), *(f"  {title(job):44} {clock(time.time() - began)}  "
+                                         f"{''.join(last_lines(job, b, 1))}" for job, (_, began) in running.items())])
             time.sleep(0.5)
     except KeyboardInterrupt:
         for process, _ in running.values():
