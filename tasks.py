@@ -165,6 +165,22 @@ class Reacher:
 TASKS = {**dict.fromkeys(Locomotion.STOCK, Locomotion), "Pusher": Pusher, "Reacher": Reacher}
 
 
+def make_task(env_id, source=None, **quantities):
+    """One task of an environment, as TaskEnv's arguments say; ValueError, in one line, for what there is not."""
+    name, _, version = env_id.rpartition("-v")
+    if name not in TASKS or not version.isdecimal() or version != str(int(version)):
+        raise ValueError(f"unknown environment {env_id!r}: known are {', '.join(TASKS)}, each -v4 or -v5; to add "
+                         "one, write its class in tasks.py and name it in TASKS (README, 'Your own environment')")
+    task_class = TASKS[name]
+    if source is not None and source not in task_class.SOURCES:
+        raise ValueError(f"unknown source task {source!r}: {env_id} has {', '.join(task_class.SOURCES)}")
+    given = {key: value for key, value in quantities.items() if value is not None}
+    unknown = set(given) - set(inspect.signature(task_class).parameters)
+    if unknown:
+        raise ValueError(f"{env_id} has no source quantity {', '.join(sorted(unknown))}")
+    return task_class(name, int(version), source, **given)
+
+
 class TaskEnv:
     """A Gymnasium environment under one task: actions in [-1, 1], float32 arrays, the task's own reward.
 
@@ -172,35 +188,36 @@ class TaskEnv:
         env_id: such as "Walker2d-v4".
         source: None for the stock (target) task, else a source variant of the environment's class in `TASKS`.
         seed: of the initial states. Every TaskEnv has a generator of its own.
+        max_steps: time limit of an episode, steps; None stands for the environment's own.
         quantities: of the source task, as the task's class names them; None stands for the class's default.
 
-    Raises ValueError, in one line, for an unknown environment, source or quantity, or actions that are discrete.
+    Raises ValueError, in one line, for an unknown environment, source or quantity, observations that are not one
+    vector, actions that are not one bounded vector, or an environment without a time limit where none is given.
     """
 
-    def __init__(self, env_id, source=None, seed=0, render_mode=None, **quantities):
-        name, _, version = env_id.rpartition("-v")
-        if name not in TASKS or not version.isdigit():
-            raise ValueError(f"unknown environment {env_id!r}: known are {', '.join(TASKS)}, each -v4 or -v5; to add "
-                             "one, write its class in tasks.py and name it in TASKS (README, 'Your own environment')")
-        task_class = TASKS[name]
-        if source is not None and source not in task_class.SOURCES:
-            raise ValueError(f"unknown source task {source!r}: {env_id} has {', '.join(task_class.SOURCES)}")
-        given = {key: value for key, value in quantities.items() if value is not None}
-        unknown = set(given) - set(inspect.signature(task_class).parameters)
-        if unknown:
-            raise ValueError(f"{env_id} has no source quantity {', '.join(sorted(unknown))}")
-        self.task = task_class(name, int(version), source, **given)
+    def __init__(self, env_id, source=None, seed=0, render_mode=None, max_steps=None, **quantities):
+        self.task = make_task(env_id, source, **quantities)
+        limit = {"max_episode_steps": max_steps} if max_steps else {}
         try:
-            self.env = self._make(env_id, render_mode=render_mode, **self.task.env_kwargs)
+            self.env = self._make(env_id, render_mode=render_mode, **limit, **self.task.env_kwargs)
         except (gym.error.Error, ImportError) as error:
             raise ValueError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
-        space = self.env.action_space
-        if not isinstance(space, gym.spaces.Box):
-            raise ValueError(f"{env_id} has discrete actions; continuous ones (gymnasium.spaces.Box) are needed")
+        seen, space = self.env.observation_space, self.env.action_space
+        if not isinstance(seen, gym.spaces.Box) or len(seen.shape) != 1:
+            raise ValueError(f"{env_id} has observations of {type(seen).__name__} {seen.shape or ''}; one vector is "
+                             "needed: register the environment with gymnasium's FlattenObservation around it")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"{env_id} has actions of {type(space).__name__} {space.shape or ''}, discrete or of many "
+                             "dimensions; one vector of continuous ones (gymnasium.spaces.Box) is needed")
+        if not (np.isfinite(space.low) & np.isfinite(space.high) & (space.low < space.high)).all():
+            raise ValueError(f"{env_id} has actions from {space.low.min():g} to {space.high.max():g}; its action_space "
+                             "needs finite bounds, for actions in [-1, 1] are stretched to them")
         self.action_mid, self.action_scale = (space.high + space.low) / 2, (space.high - space.low) / 2
         self.env_id, self.source = env_id, source
-        self.obs_dim, self.action_dim = self.env.observation_space.shape[0], space.shape[0]
+        self.obs_dim, self.action_dim = seen.shape[0], space.shape[0]
         self.n_features, self.max_steps = len(self.task.FEATURES), self.env.spec.max_episode_steps
+        if self.max_steps is None:
+            raise ValueError(f"{env_id} has no time limit, so an evaluation might never end: give --episode-steps")
         self.seed(seed)
         if render_mode:
             self._check_drawing()
@@ -260,7 +277,7 @@ class TaskEnv:
     def state_dict(self):
         """The running episode, as the state of its generator at reset and its actions so far: replaying them brings
         any deterministic environment back to this step, with the solver's warm start and the time limit's count."""
-        if self._episode is None:
+        if self._episode is None or self.obs is None:  # between episodes: `obs` is None once one is over
             return {"rng": self.env.unwrapped.np_random.bit_generator.state, "actions": None}
         return {"rng": self._episode[0], "actions": torch.as_tensor(np.array(self._episode[1], dtype=np.float32))}
 

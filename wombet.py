@@ -26,12 +26,13 @@ import numpy as np
 import torch
 
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
-from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
+from filter import MODES, accept, met_threshold, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_dataset,
-                     load_log_and_generators, log_and_generators, must_fit, new_parser, nonnegative, open_run, percent,
-                     positive, read_config, read_flags, recent_return, require, run_program, save, save_dataset, show,
-                     source_quantities, stop_if_not_finite, store_step, write_config)
+from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
+                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
+                     nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return, require,
+                     require_memory, run_program, same_flags, save, save_dataset, show, some_path, source_quantities,
+                     stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 
@@ -46,8 +47,8 @@ def build_parser():
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--preset", choices=("paper",), help="paper: the literal method; flags given beside it win")
     g.add_argument("--prior", **SWITCH, default=True, help="transfer; --no-prior: learn from scratch in the target")
-    g.add_argument("--source-run", metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
-    g.add_argument("--offline-data", metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
+    g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take the source phase from that run (ablations share it)")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
@@ -80,8 +81,8 @@ def build_parser():
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
     g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
-    g.add_argument("--return-threshold", type=float, help="J_th itself, discounted source return")
-    g.add_argument("--u-threshold", type=float, help="u_th itself")
+    g.add_argument("--return-threshold", type=real, help="J_th itself, discounted source return")
+    g.add_argument("--u-threshold", type=real, help="u_th itself")
 
     g = parser.add_argument_group("planning (section 4.2, eqs. 1 to 5)")
     g.add_argument("--horizon", type=count, default=5, help="H, steps planned ahead")
@@ -124,7 +125,7 @@ def build_parser():
     g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
-    g.add_argument("--target-entropy", type=float, help="nats; unless given, -action dimension / 2")
+    g.add_argument("--target-entropy", type=real, help="nats; unless given, -action dimension / 2")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
     # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
@@ -155,9 +156,10 @@ def check_args(args):
     require(args.horizon <= args.imagined_length,
             f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
     require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
-    largest = max(args.imagined_trajectories * args.imagined_length, args.rollouts * args.rollout_length)
-    require(largest <= args.offline_capacity,
-            f"--offline-capacity {args.offline_capacity} does not hold a round of {largest} imagined transitions")
+    for n, length in (("imagined_trajectories", "imagined_length"), ("rollouts", "rollout_length")):
+        largest = vars(args)[n] * vars(args)[length]
+        require(largest <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a round of "
+                f"{largest} transitions: --{n.replace('_', '-')} times --{length.replace('_', '-')}")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
         steps = vars(args)[f"{where}_steps"]
@@ -169,13 +171,16 @@ def check_args(args):
     require(args.prior or not args.pretrain_updates, "--pretrain-updates needs data: not with --no-prior")
 
 
+ANEW = ("source_steps", "target_steps", "lr", "model_lr")  # what --resume takes and heeds, beside harness.ANEW
+
+
 def parse_args(argv=None):
     """This program's flags; bad ones raise ValueError."""
     parser, first = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?")
     if first.parse_known_args(argv)[0].preset == "paper":
         parser.set_defaults(**PAPER)
-    return read_flags(argv, parser, check_args)
+    return read_flags(argv, parser, check_args, ANEW)
 
 
 # --------------------------------------------------------------------------------------------------------------- set-up
@@ -184,13 +189,19 @@ def parse_args(argv=None):
 def build(args, run_dir):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
+    learns_source = args.prior and not args.offline_data
+    pooled = args.source_steps if learns_source and args.keep_source_data else 0
+    require_memory(args, TaskEnv(args.env, max_steps=args.episode_steps), **{
+        "offline_capacity": learns_source * args.offline_capacity,
+        "source_steps": learns_source * args.source_steps + pooled})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
                           phase="source" if args.prior else "pretrain", thresholds=None, acceptance=None,
                           best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
 
     def side(source, capacity, offset):
         """One task's environments, agent and data."""
-        make_env = functools.partial(TaskEnv, args.env, source, **(source_quantities(args) if source else {}))
+        make_env = functools.partial(TaskEnv, args.env, source, max_steps=args.episode_steps,
+                                     **(source_quantities(args) if source else {}))
         env = make_env(seed=2 * args.seed + offset)
         evaluation = [make_env() for _ in range(args.eval_episodes)]
         agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics,
@@ -202,15 +213,14 @@ def build(args, run_dir):
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
                                buffer=ReplayBuffer(capacity, args.device, **env.shapes))
 
-    learns_source = args.prior and not args.offline_data
-    run.pooled = args.source_steps if learns_source and args.keep_source_data else 0  # source rows in the target's buffer
-    run.target = side(None, run.pooled + args.target_steps, 0)
+    run.pooled = pooled  # how many of the first rows in the target's buffer are the source's
+    run.target = side(None, pooled + args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
                           args.alpha if args.alpha_rule == "fixed" else None, args.td_error == "signed")
     run.offline_data = run.source = run.model = None
     env = run.target.env
     if args.offline_data:
-        run.offline_data = load_dataset(args.offline_data, args.device, **env.shapes)
+        run.offline_data = load_dataset(args.offline_data, args.device, env.action_scale, **env.shapes)
         run.phase = "pretrain"
     elif learns_source:
         run.source = side(args.source, args.source_steps, 1)
@@ -256,18 +266,33 @@ def state_dict(run):
 
 
 def load_side(side, state):
-    for part in ("env", "agent", "buffer"):
+    for part in ("env", "buffer"):
         getattr(side, part).load_state_dict(state[part])
+    load_agent(side.agent, state["agent"])
     for key in SIDE_VALUES:
         setattr(side, key, state[key])
 
 
+PHASES = ("source", "generate", "pretrain", "target", "done")
+
+
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
+        must_match(state, state_dict(run))
+        kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float, "best": dict}  # None in a new run
+        for name, kind in kinds.items():
+            require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
         for name in RUN_VALUES:
             setattr(run, name, state[name])
+        require(run.phase in PHASES, f"unknown phase {run.phase!r}")
         for name in ("source", "target"):
             if getattr(run, name) is not None:
+                steps, done = vars(run.args)[f"{name}_steps"], state[name]["step"]
+                if name == "source":  # --generate-in env takes steps that are not learned from
+                    done = len(state[name]["buffer"]["rows"]["obs"])
+                not_below(f"--{name}-steps", steps, done)
+                require(name == "target" or run.phase == "source" or steps == done,
+                        f"--source-steps {steps}: the source phase is over, after {done}")
                 load_side(getattr(run, name), state[name])
         for name in ("model", "offline_data", "mix"):
             if getattr(run, name) is not None:
@@ -275,21 +300,22 @@ def load_state_dict(run, state):
         load_log_and_generators(run, state)
 
 
+# what the source phase's state depends on, and what acts in the source phase alone
+OF_THE_SOURCE = ("env", "source", "seed", "episode_steps", "critics", "hidden", "layer_norm", "discount", "members",
+                 "model_hidden", "model_layers", "model_epochs", "snapshot_window", "random_steps", "init_temperature")
+
+
 def reuse_source(run, source_run):
     """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
     the same seed and flags goes on as that one did."""
-    flags, ours = read_config(source_run)["flags"], vars(run.args)
-    shared = ["env", "source", "seed", "critics", "hidden", "layer_norm", "members", "model_hidden", "model_layers"]
-    shared += [key for key in ours if key.startswith("source_") and key != "source_run"]
-    differ = [f"--{key.replace('_', '-')} {flags.get(key)}" for key in shared if ours[key] != flags.get(key)]
-    if differ:
-        raise ValueError(f"--source-run {source_run} has other flags: {', '.join(differ)}")
+    quantities = [key for key in vars(run.args) if key.startswith("source_") and key != "source_run"]
+    same_flags(run.args, source_run, build_parser(), (*OF_THE_SOURCE, *quantities))
     state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
     with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
-    run.holdout_mse, run.phase = state["holdout_mse"], "generate"
-    load_log_and_generators(run, state)
+        run.holdout_mse, run.phase = state["holdout_mse"], "generate"
+        load_log_and_generators(run, state)
 
 
 # --------------------------------------------------------------------------------------------------------------- phases
@@ -319,7 +345,7 @@ def learn(run, name):
     from_scratch = name == "source" or not args.prior
     run.log.pace, text, info = (time.time(), side.step), "", {}
     while side.step < steps:
-        stop_if_interrupted(run)
+        stop_if_interrupted(run, state_dict)
         obs = env.reset() if env.obs is None else env.obs
         acts_randomly = from_scratch and side.step < args.random_steps
         if acts_randomly:
@@ -346,12 +372,6 @@ def learn(run, name):
         run.log.live(name, side.step, steps, text)
 
 
-def stop_if_interrupted(run):
-    if run.interrupted:
-        save(run.dir / "checkpoint.pt", state_dict(run))
-        raise KeyboardInterrupt
-
-
 def keep_best(run):
     """Keeps a copy of the source agent when its recent training episodes return more than at any time before."""
     mean = recent_return(run.source.buffer, run.args.snapshot_window)
@@ -363,7 +383,7 @@ def choose_best(run):
     """Goes on with the agent that `keep_best` kept, if there is one."""
     # Deviation: the last agent may be in one of the falls that policies take between one evaluation and the next
     if run.best is not None:
-        run.source.agent.load_state_dict(run.best["agent"])
+        load_agent(run.source.agent, run.best["agent"])
         run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
                      f"{run.best['return']:.1f}")
         run.best = None
@@ -385,7 +405,7 @@ def pretrain(run):
     """Updates before the first target step, on what is there, with a round of imagination as often as in learning."""
     args, side = run.args, run.target
     while side.updates < args.pretrain_updates:
-        stop_if_interrupted(run)
+        stop_if_interrupted(run, state_dict)
         if imagines(run) and args.imagine_every and side.updates // args.utd % args.imagine_every == 0:
             imagine_round(run)
         update(run, side)
@@ -460,15 +480,14 @@ def generate(run):
     args, began = run.args, time.time()
     trajectories = imagine_mpc(run)
     returns, mean_u = score(run, trajectories)
-    if run.thresholds is None:
-        found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
-        given = (args.return_threshold, args.u_threshold)
-        run.thresholds = [f if g is None else g for f, g in zip(found, given)]
     try:
+        if run.thresholds is None:
+            run.thresholds = first_thresholds(run, returns, mean_u)
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
     except ValueError as error:
         if run.offline_data.size == 0:
-            raise
+            raise ValueError(f"{error}; see --return-threshold, --u-threshold and --trust-percentile, or fit a better "
+                             "model with more --source-steps") from None
         run.log.note(f"D_S     {error}")  # a later round that adds nothing leaves D_S as it is
         passed = torch.zeros_like(returns, dtype=torch.bool)
     run.acceptance = passed.float().mean().item()
@@ -477,6 +496,20 @@ def generate(run):
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
     run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # a round is not the loop
+
+
+def first_thresholds(run, returns, mean_u):
+    """[J_th, u_th] as given, else the round's percentiles; J_th is lowered where none meets both."""
+    args, given = run.args, (run.args.return_threshold, run.args.u_threshold)
+    found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
+    return_threshold, u_threshold = (f if g is None else g for f, g in zip(found, given))
+    if args.filter == "dual" and args.return_threshold is None:
+        lowered = met_threshold(returns, mean_u, return_threshold, u_threshold, args.return_percentile)
+        if lowered < return_threshold:
+            run.log.note(f"D_S     no trajectory meets both percentiles: J_th is lowered from {return_threshold:.4g} to "
+                         f"{lowered:.4g}, that percentile of those within u_th")
+            return_threshold = lowered
+    return [return_threshold, u_threshold]
 
 
 def imagine_mpc(run):
@@ -532,19 +565,22 @@ def train(args):
             run.phase = "target"
     elif args.source_run:
         reuse_source(run, args.source_run)
-    run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
-    write_config(run_dir, args)
+    write_config(run_dir, args)  # from here on the flags are known to be good
+    if state is None:
+        save(run_dir / "checkpoint.pt", state_dict(run))  # from here on --resume goes on, whatever happens
     catch_interrupts(run)
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
         choose_best(run)
         save(run.dir / "checkpoint.pt", state_dict(run))
+        stop_if_interrupted(run, state_dict)
         fit(run, args.model_epochs)
         run.phase = "generate"
         save(run.dir / "source.pt", state_dict(run))
     if run.phase == "generate":  # 2. imagine the first D_S, and prepare what the target task starts from
         save(run.dir / "checkpoint.pt", state_dict(run))
+        stop_if_interrupted(run, state_dict)
         if imagines(run):
             generate(run)
             save_dataset(run.offline_data, run.dir / "first_dataset.npz")
@@ -574,11 +610,10 @@ def train(args):
 def play(args):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations, prints its return, draws the first."""
     run_dir = Path(args.evaluate)
-    flags = argparse.Namespace(**{**vars(args), **read_config(run_dir)["flags"], "device": args.device})
-    if flags.offline_data:
-        flags.offline_data, flags.prior = None, False  # the file is not needed to play
+    if args.offline_data:
+        args.offline_data, args.prior = None, False  # the file is not needed to play
     state = load(run_dir / "checkpoint.pt", args.device, "wombet")
-    run = build(flags, run_dir)
+    run = build(args, run_dir)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
     show(getattr(run, name), name, args.gif)

@@ -232,8 +232,11 @@ class WorldModel(nn.Module):
     def _normalise(self, inputs, targets, obs):
         self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
         input_std, target_std = inputs.std(0), targets.std(0)
-        # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean
-        self.input_std = torch.where(input_std > 1e-6, input_std, torch.ones_like(input_std))
+        # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean; one that hardly
+        # varies by a thousandth of its values or of what the others vary by, lest a small change be out of all bounds
+        others = torch.where(input_std > 1e-6, input_std, math.nan).nanmedian()
+        scale = torch.maximum(inputs.abs().amax(0), others)
+        self.input_std = torch.where(input_std > 1e-6, input_std.maximum(1e-3 * scale), torch.ones_like(input_std))
         self.varies = (target_std > 1e-6).to(targets.dtype)
         self.target_std = torch.where(target_std > 1e-6, target_std, torch.ones_like(target_std))
         low, high = obs.amin(0), obs.amax(0)

@@ -17,7 +17,7 @@ import torch
 
 import common  # before agent: it puts the repository's root on the path
 from agent import CriticEnsemble
-from common import adam, follow, frozen_copy, step
+from common import adam, follow, frozen_copy, step, update_critics
 
 
 def weights(advantage, awac_lambda, most=100.0):
@@ -49,17 +49,14 @@ class AWAC:
         with torch.no_grad():
             value = self.target_critic(batch["next_obs"], self.act(batch["next_obs"])).amin(0)
             y = batch["reward"] + self.discount * (1 - batch["terminated"]) * value
-        q = self.critic(obs, action)
-        critic_loss = (q - y).square().mean(1).sum()
-        step(self.critic_optimizer, critic_loss)
+        info = update_critics(self, batch, y)
         with torch.no_grad():
             advantage = self.critic(obs, action).amin(0) - self.critic(obs, self.act(obs)).amin(0)
         actor_loss = -(weights(advantage, self.awac_lambda) * self.actor.log_prob(obs, action)).mean()
         step(self.actor_optimizer, actor_loss)
         follow(self.target_critic, self.critic, self.polyak)
         self.updates += 1
-        return {"critic_loss": critic_loss.detach() / 2, "actor_loss": actor_loss.detach(),
-                "q_mean": q.detach().mean(), "td_error": (q.detach().mean(0) - y).abs().mean()}
+        return {**info, "actor_loss": actor_loss.detach()}
 
 
 def build_parser():
@@ -70,9 +67,7 @@ def build_parser():
 
 
 def make_agent(args, env):
-    names = ("awac_lambda", "lr", "batch_size", "discount", "polyak", "device")
-    return AWAC(env.obs_dim, env.action_dim, hidden=(args.hidden,) * args.layers,
-                **{name: getattr(args, name) for name in names})
+    return AWAC(**common.agent_arguments(args, env, "awac_lambda", "lr", "batch_size", "discount", "polyak"))
 
 
 def main(argv=None):

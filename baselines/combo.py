@@ -15,20 +15,11 @@ import sys
 
 import common  # before cql: it puts the repository's root on the path
 from cql import CQL, cql_arguments, cql_flags
-from mopo import make_imagination, model_flags
+from mopo import MOPO, make_imagination, model_flags
 
 
-class COMBO(CQL):
-    """Args: imagination: mopo.Imagination without a penalty. others: CQL's, whose alpha is COMBO's beta."""
-
-    PARTS = (*CQL.PARTS, "imagination")
-
-    def __init__(self, obs_dim, action_dim, *, imagination, **others):
-        super().__init__(obs_dim, action_dim, **others)
-        self.imagination, self.prepare = imagination, imagination.fit
-
-    def learn(self, buffer):
-        return self.learn_from(*self.imagination.batch(buffer, self.act, self.updates, self.batch_size))
+class COMBO(MOPO, CQL):
+    """MOPO's batches (its imagination without a penalty), CQL's critics, whose alpha is COMBO's beta."""
 
 
 def build_parser():

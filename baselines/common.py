@@ -14,7 +14,6 @@ A run is a folder as wombet.py leaves it. Its phases: "offline", counted by `upd
 counted by `env_steps`, online in the target environment. The target's first row, at step 0, is the offline result.
 """
 
-import argparse
 import copy
 import functools
 import math
@@ -28,12 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files tha
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from agent import ReplayBuffer
-from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, must_fit, load,
-                 load_dataset, load_log_and_generators, log_and_generators, require, new_parser, nonnegative, open_run,
-                 positive, read_config, read_flags, run_program, save, save_dataset, fraction, show, source_quantities,
-                 stop_if_not_finite, store_step, write_config)
+from harness import (COLUMNS, SWITCH, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
+                     load_dataset, load_log_and_generators, Log, log_and_generators, must_fit, must_match, new_parser,
+                     nonnegative, not_below, open_run, positive, read_flags, real, require, require_memory, run_program,
+                     save, save_dataset, show, some_path, source_quantities, stop_if_interrupted, stop_if_not_finite,
+                     store_step, write_config)
 from tasks import TaskEnv
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -56,7 +57,8 @@ def offline_parser(doc, name):
     g.add_argument("--offline-updates", type=amount, default=100_000, help="gradient updates on the dataset")
     g.add_argument("--online-steps", type=amount, default=0, help="steps in the target environment after that")
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", metavar="FILE", help=".npz with D4RL's keys, such as a run's dataset.npz (required)")
+    g.add_argument("--dataset", type=some_path, metavar="FILE", help=".npz with D4RL's keys, such as a run's "
+                   "dataset.npz (required)")
     g.add_argument("--source-rewards", action="store_true", help="learn offline from the source task's rewards, "
                    "recomputed, instead of those in the file")
     return parser
@@ -70,7 +72,7 @@ def agent_flags(parser, title, **defaults):
              "critic_lr": (positive, "learning rate of the critics"), "discount": (fraction, "gamma"),
              "polyak": (fraction, "rate of the target networks"),
              "init_temperature": (positive, "of SAC's entropy term"),
-             "target_entropy": (float, "nats (default: -action dimension)"),
+             "target_entropy": (real, "nats (default: -action dimension)"),
              "random_steps": (amount, "uniform actions, without learning, at the start")}
     group = parser.add_argument_group(title)
     for name, default in defaults.items():
@@ -79,9 +81,28 @@ def agent_flags(parser, title, **defaults):
     return group
 
 
-def check_data(args):
+def agent_arguments(args, env, *names):
+    """What an agent takes: sizes, device, and the flags `names`, of which a method need not have all."""
+    given = {name: getattr(args, name) for name in names if name in args}
+    return {"obs_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": (args.hidden,) * args.layers,
+            "device": args.device, **given}
+
+
+def check_online(args):
+    for flag in ("random_steps", "rollout_steps"):
+        first = vars(args).get(flag, 0)
+        least = first + (flag == "random_steps")  # a batch that is just full is learned from
+        require(least <= args.target_steps, f"--{flag.replace('_', '-')} {first} leaves none of --target-steps "
+                                            f"{args.target_steps} to learn in")
+
+
+def check_offline(args):
     require(args.dataset or args.evaluate, "--dataset FILE.npz is required")
     require(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
+    TaskEnv(args.env, args.source, **source_quantities(args))  # ValueError where there is none such, used or not
+    unused = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
+              if key.startswith("source") and key != "source_rewards" and value not in (None, "near")]
+    require(args.source_rewards or not unused, f"{', '.join(unused)}: of use with --source-rewards alone")
 
 
 # ------------------------------------------------------------------------------------------------------------- set-up
@@ -89,7 +110,7 @@ def check_data(args):
 
 def read_dataset(args, env):
     """The dataset with room for the online steps behind it, on the device; ValueError where it does not fit `env`."""
-    data = load_dataset(args.dataset, args.device, **env.shapes).filled()
+    data = load_dataset(args.dataset, args.device, env.action_scale, **env.shapes).filled()
     data["uncertainty"].zero_()  # it is WOMBET's; to these methods all data is real
     if args.source_rewards:
         task = TaskEnv(args.env, args.source, **source_quantities(args)).task
@@ -104,7 +125,8 @@ def read_dataset(args, env):
 def build(args, run_dir, make_agent, program):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
-    make_env = functools.partial(TaskEnv, args.env)
+    make_env = functools.partial(TaskEnv, args.env, max_steps=args.episode_steps)
+    require_memory(args, make_env())
     env, offline = make_env(seed=2 * args.seed), "dataset" in args
     run = SimpleNamespace(args=args, dir=run_dir, program=program, log=Log(run_dir / "progress.csv"), env=env, step=0,
                           evaluation=[make_env() for _ in range(args.eval_episodes)], make_env=make_env, info={},
@@ -135,13 +157,36 @@ def state_dict(run):
 
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
+        must_match(state, state_dict(run))
         run.phase, run.step, run.info, run.dataset_size = (state[k] for k in ("phase", "step", "info", "dataset_size"))
-        run.agent.load_state_dict(state["agent"])
+        require(run.phase in PHASES, f"unknown phase {run.phase!r}")
+        load_agent(run.agent, state["agent"])
+        load_log_and_generators(run, state)
         if not run.args.evaluate:
+            heed_budgets(run)
             make_buffer(run)  # a dataset's rows are in the checkpoint
             run.env.load_state_dict(state["env"])
             run.buffer.load_state_dict(state["buffer"])
-    load_log_and_generators(run, state)
+
+
+PHASES = ("prepare", "offline", "between", "start", "target")
+ANEW = ("target_steps", "offline_updates", "online_steps", "lr", "actor_lr", "critic_lr")  # beside harness.ANEW
+
+
+def heed_budgets(run):
+    """Budgets that a resumed run is given anew: ValueError for one below what is done, or of a phase that is over."""
+    args = run.args
+    if "dataset" not in args:
+        return not_below("--target-steps", args.target_steps, run.step)
+    not_below("--online-steps", args.online_steps, run.step)
+    if run.phase == "target":
+        done = max([int(row["updates"]) for row in run.log.rows if row["phase"] == "offline"], default=0)
+        require(args.offline_updates == done, f"--offline-updates {args.offline_updates}: the offline phase is over, "
+                f"after {done}, and online steps are taken")
+        return
+    not_below("--offline-updates", args.offline_updates, run.agent.updates)
+    if run.phase in ("between", "start") and args.offline_updates > run.agent.updates:
+        run.phase, run.log.rows = "offline", [row for row in run.log.rows if row["phase"] == "offline"]
 
 
 # --------------------------------------------------------------------------------------------------------------- loops
@@ -164,18 +209,12 @@ def learn(run):
     run.info.update(info)
 
 
-def stop_if_interrupted(run):
-    if run.interrupted:
-        save(run.dir / "checkpoint.pt", state_dict(run))
-        raise KeyboardInterrupt
-
-
 def offline(run):
     """Updates on the dataset alone."""
     args, agent, text = run.args, run.agent, ""
     run.log.pace = (time.time(), agent.updates)
     while agent.updates < args.offline_updates:
-        stop_if_interrupted(run)
+        stop_if_interrupted(run, state_dict)
         learn(run)
         done = agent.updates
         marked = done % args.eval_every == 0 or done == args.offline_updates
@@ -191,7 +230,7 @@ def online(run, steps):
     args, env, agent, buffer, text = run.args, run.env, run.agent, run.buffer, ""
     run.log.pace = (time.time(), run.step)
     while run.step < steps:
-        stop_if_interrupted(run)
+        stop_if_interrupted(run, state_dict)
         obs = env.reset() if env.obs is None else env.obs
         acts_randomly = run.step < run.random_steps
         if acts_randomly:
@@ -220,8 +259,9 @@ def train(args, make_agent, program):
     if state is not None:
         load_state_dict(run, state)
         run.log.write()  # without the rows that came after the checkpoint
-    run_dir.mkdir(parents=True, exist_ok=True)  # from here on the flags are known to be good
-    write_config(run_dir, args)
+    write_config(run_dir, args)  # from here on the flags are known to be good
+    if state is None:
+        save(run_dir / "checkpoint.pt", state_dict(run))  # from here on --resume goes on, whatever happens
     catch_interrupts(run)
 
     steps = args.online_steps if "dataset" in args else args.target_steps
@@ -249,9 +289,8 @@ def train(args, make_agent, program):
 
 def play(args, make_agent, program):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations."""
-    flags = {**vars(args), **read_config(args.evaluate)["flags"], "evaluate": args.evaluate, "device": args.device}
     state = load(Path(args.evaluate) / "checkpoint.pt", args.device, program)
-    run = build(argparse.Namespace(**flags), Path(args.evaluate), make_agent, program)
+    run = build(args, Path(args.evaluate), make_agent, program)
     load_state_dict(run, state)
     show(run, "target", args.gif)
 
@@ -262,8 +301,11 @@ def main(program, parser, make_agent, argv=None, check=None):
     Args:
         program: the script's name without .py. make_agent(args, env): the agent. check(args): raises ValueError.
     """
-    checks = [f for f in (check, check_data if parser.get_default("offline_updates") is not None else None) if f]
-    return run_program(program, lambda: read_flags(argv, parser, lambda args: [f(args) for f in checks]),
+    def check_all(args):
+        (check_offline if "dataset" in args else check_online)(args)
+        check and check(args)
+
+    return run_program(program, lambda: read_flags(argv, parser, check_all, ANEW),
                        lambda args: train(args, make_agent, program), lambda args: play(args, make_agent, program))
 
 
@@ -287,6 +329,15 @@ def follow(target, network, polyak):
     torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), polyak)
 
 
+def update_critics(agent, batch, y):
+    """One step of the agent's critics on (Q_i(s, a) - y)^2, y (B,): what a baseline logs of it."""
+    q = agent.critic(batch["obs"], batch["action"])
+    loss = (q - y).square().mean(1).sum()
+    step(agent.critic_optimizer, loss)
+    q = q.detach()
+    return {"critic_loss": loss.detach() / len(q), "q_mean": q.mean(), "td_error": (q.mean(0) - y).abs().mean()}
+
+
 def frozen_copy(network):
     """A target network: a copy without gradients."""
     return copy.deepcopy(network).requires_grad_(False)
@@ -307,6 +358,8 @@ def log_normal(x, mean, log_std):
 class GaussianPolicy(nn.Module):
     """a ~ N(tanh(f(s)), diag(std)^2), cut to [-1, 1]; std does not depend on s (IQL's and AWAC's actor)."""
 
+    LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
         self.mean = mlp(obs_dim, hidden, action_dim, last=nn.Tanh)
@@ -314,7 +367,9 @@ class GaussianPolicy(nn.Module):
 
     @property
     def log_std(self):
-        return self.free_log_std.clamp(-5.0, 2.0)
+        """In [-5, 2], by soft bounds as the world model's: beyond a clamp's the gradient is 0 for ever."""
+        below = self.LOG_STD_MAX - F.softplus(self.LOG_STD_MAX - self.free_log_std)
+        return self.LOG_STD_MIN + F.softplus(below - self.LOG_STD_MIN)
 
     def log_prob(self, obs, action):
         """log-density before the cut: obs (B, d), action (B, A) -> (B,)."""

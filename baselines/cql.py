@@ -17,7 +17,7 @@ import sys
 import torch
 
 import common  # before sac: it puts the repository's root on the path
-from sac import DelayedSAC, sac_arguments
+from sac import DelayedSAC, sac_arguments, sac_switches
 
 
 class CQL(DelayedSAC):
@@ -30,27 +30,36 @@ class CQL(DelayedSAC):
     def learn(self, buffer):
         return self.learn_from(buffer.sample(self.batch_size), self.batch_size)
 
-    def log_integral(self, obs, next_obs):
-        """log int exp Q_i(s, a) da, estimated: obs, next_obs (B, d) -> (N, B)."""
-        n, rows, dim = self.n_actions, len(obs), self.action_dim
-        with torch.no_grad():
-            sampled = [self.actor.sample(x.expand(n, -1, -1)) for x in (obs, next_obs)]
-            uniform = torch.rand(n, rows, dim, device=obs.device) * 2 - 1
-            actions = torch.cat([uniform, *(action for action, _ in sampled)])
-            density = uniform.new_full((n, rows), -dim * math.log(2.0))
-            log_prob = torch.cat([density, *(log_prob for _, log_prob in sampled)])
-        q = self.critic(obs.expand(3 * n, -1, -1).flatten(0, 1), actions.flatten(0, 1)).view(-1, 3 * n, rows)
-        return (q - log_prob).logsumexp(1) - math.log(3 * n)
+    def learn_from(self, batch, n_data):
+        """As DelayedSAC's; the batch's first n_data rows are data, whose Q is pushed up."""
+        self.n_data = n_data
+        return super().learn_from(batch)
 
-    def update_critic(self, part, n_offline):
-        """One step of the critics on {key: (B, ...)}, of which the first n_offline rows are data."""
-        y = self.target(part)
-        q = self.critic(part["obs"], part["action"])
-        gap = self.log_integral(part["obs"], part["next_obs"]).mean(1) - q[:, :n_offline].mean(1)
-        critic_loss = ((q - y).square().mean(1) + self.cql_alpha * gap).sum()
-        self.step_critic(torch.autograd.grad(critic_loss, self.critic_parameters))
-        return {"critic_loss": critic_loss.detach() / self.n_critics, "q_mean": q.detach().mean(),
-                "td_error": (q.detach().mean(0) - y).abs().mean()}
+    @torch.no_grad()
+    def with_next_action(self, batch):
+        """As SAC's, and `sampled` actions (K, B, A) with `density`, the log of theirs (K, B), K = 3 n_actions; one pass
+        of the actor over obs and one over next_obs."""
+        n, like = self.n_actions, batch["action"]
+        noise = torch.randn_like(like)
+        here, there = (torch.randn(n, *like.shape, device=like.device) for _ in range(2))
+        uniform = torch.rand(n, *like.shape, device=like.device) * 2 - 1
+        action, log_prob = self.actor.sample(batch["obs"], here, self.dtype)
+        next_action, next_log_prob = self.actor.sample(batch["next_obs"], torch.cat([noise[None], there]), self.dtype)
+        even = torch.full_like(log_prob, -self.action_dim * math.log(2.0))
+        return {**batch, "next_action": next_action[0], "next_log_prob": next_log_prob[0],
+                "sampled": torch.cat([uniform, action, next_action[1:]]),
+                "density": torch.cat([even, log_prob, next_log_prob[1:]])}
+
+    def critic_loss(self, batch, subset=None):
+        """Eq. 4, summed over critics; also Q (N, B) and y (B,)."""
+        y = self.target(batch, subset)
+        actions = torch.cat([batch["action"][None], batch["sampled"]])
+        obs = batch["obs"].expand(len(actions), -1, -1)
+        q = self.critic(obs.flatten(0, 1), actions.flatten(0, 1)).unflatten(1, obs.shape[:2])  # of all actions at once
+        q, sampled_q = q[:, 0], q[:, 1:]
+        log_integral = (sampled_q - batch["density"]).logsumexp(1) - math.log(sampled_q.shape[1])
+        gap = log_integral.mean(1) - q[:, : self.n_data].mean(1)
+        return ((q - y).square().mean(1) + self.cql_alpha * gap).sum(), q.detach(), y
 
 
 def cql_flags(parser, title, alpha):
@@ -58,8 +67,7 @@ def cql_flags(parser, title, alpha):
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None)
     g.add_argument("--cql-alpha", type=common.nonnegative, default=alpha, help="weight of the conservative penalty")
     g.add_argument("--cql-actions", type=common.count, default=10, help="actions per state from each distribution")
-    g.add_argument("--backup-entropy", **common.SWITCH, default=False, help="entropy term in the critics' target")
-    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
+    sac_switches(g, backup_entropy=False)
     return g
 
 

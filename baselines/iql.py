@@ -13,11 +13,12 @@ locomotion. Online it goes on alike: new steps join the dataset, sampling stays 
 import math
 import sys
 
+import numpy as np
 import torch
 
 import common  # before agent: it puts the repository's root on the path
 from agent import CriticEnsemble
-from common import adam, follow, frozen_copy, mlp, step
+from common import adam, follow, frozen_copy, mlp, step, update_critics
 
 
 def expectile_loss(x, expectile):
@@ -29,9 +30,8 @@ def reward_scale(data):
     """1000 / (highest - lowest undiscounted return) over the trajectories of {key: (n, ...)}, rows in time's order."""
     ended = (data["terminated"] + data["timeout"]) > 0
     ended[:-1] |= (data["next_obs"][:-1] != data["obs"][1:]).any(1)  # a file need not say where it was cut
-    trajectory = ended.long().cumsum(0) - ended.long()
-    returns = torch.zeros(int(trajectory[-1]) + 1, dtype=torch.float64, device=trajectory.device)
-    returns.index_add_(0, trajectory, data["reward"].double())
+    trajectory = ended.cumsum(0) - ended.long()
+    returns = np.bincount(trajectory.cpu(), weights=data["reward"].cpu())  # sums in double precision
     spread = float(returns.max() - returns.min())
     return 1000.0 / spread if spread > 0 else 1.0
 
@@ -82,14 +82,10 @@ class IQL:
             y = self.scale * batch["reward"] + self.discount * (1 - batch["terminated"]) * next_value
         actor_loss = -(weight * self.actor.log_prob(obs, action)).mean()
         step(self.actor_optimizer, actor_loss)
-        q = self.critic(obs, action)
-        critic_loss = (q - y).square().mean(1).sum()
-        step(self.critic_optimizer, critic_loss)
+        info = update_critics(self, batch, y)
         follow(self.target_critic, self.critic, self.polyak)
         self.updates += 1
-        return {"value_loss": value_loss.detach(), "critic_loss": critic_loss.detach() / 2,
-                "actor_loss": actor_loss.detach(), "q_mean": q.detach().mean(),
-                "td_error": (q.detach().mean(0) - y).abs().mean()}
+        return {**info, "value_loss": value_loss.detach(), "actor_loss": actor_loss.detach()}
 
 
 def build_parser():
@@ -103,9 +99,8 @@ def build_parser():
 
 
 def make_agent(args, env):
-    names = ("expectile", "beta", "lr", "batch_size", "discount", "polyak", "scale_rewards", "device")
-    return IQL(env.obs_dim, env.action_dim, hidden=(args.hidden,) * args.layers,
-               steps=args.offline_updates if args.cosine_lr else None, **{name: getattr(args, name) for name in names})
+    return IQL(**common.agent_arguments(args, env, "expectile", "beta", "lr", "batch_size", "discount", "polyak",
+                                        "scale_rewards"), steps=args.offline_updates if args.cosine_lr else None)
 
 
 def main(argv=None):

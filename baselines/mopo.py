@@ -20,7 +20,7 @@ import torch
 
 import common  # before agent: it puts the repository's root on the path
 from agent import ReplayBuffer, mixed_batch
-from sac import DelayedSAC, sac_arguments
+from sac import DelayedSAC, sac_arguments, sac_switches
 from world_model import WorldModel
 
 
@@ -122,7 +122,8 @@ def model_flags(parser, real_ratio):
 def make_imagination(args, env, penalty_coef=0.0, uncertainty="aleatoric"):
     # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
     model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
-                       layers=args.model_layers, uncertainty_kind=uncertainty).to(args.device)
+                       layers=args.model_layers, uncertainty_kind=uncertainty, compile=args.speed["compile"],
+                       inference_dtype=args.speed["dtype"], fit_dtype=args.speed["dtype"]).to(args.device)
     return Imagination(model, env.task.terminated, rollout_batch=args.rollout_batch, penalty_coef=penalty_coef,
                        rollout_length=args.rollout_length, rollout_every=args.rollout_every,
                        retain=args.rollout_retain, real_ratio=args.real_ratio,
@@ -136,8 +137,7 @@ def build_parser():
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None)
     g.add_argument("--penalty-coef", type=common.nonnegative, default=2.5, help="lambda, reward per unit of u")
     g.add_argument("--uncertainty", default="aleatoric", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
-    g.add_argument("--backup-entropy", **common.SWITCH, default=True, help="entropy term in the critics' target")
-    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
+    sac_switches(g, backup_entropy=True)
     model_flags(parser, real_ratio=0.05)
     return parser
 

@@ -16,6 +16,7 @@ up to date once a batch, with all its steps, rather than at every step, so a bat
 import math
 import sys
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,26 +25,25 @@ from common import log_normal
 
 
 class RunningMoments:
-    """Mean and variance, elementwise, of all rows seen (Chan et al.'s parallel update), in double precision."""
+    """Mean and variance, elementwise, of all rows seen (Chan et al.'s parallel update), in double precision: NumPy's,
+    since Apple's GPUs have none."""
 
-    def __init__(self, shape, device="cpu"):
-        self.count = 0
-        self.mean = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.var = torch.ones(shape, dtype=torch.float64, device=device)
+    def __init__(self, shape):
+        self.count, self.mean, self.var = 0, np.zeros(shape), np.ones(shape)
 
     def update(self, rows):
-        """rows (n, *shape)."""
-        rows = rows.double()
-        n, mean, var = len(rows), rows.mean(0), rows.var(0, correction=0)
+        """rows (n, *shape), an array or a tensor on the CPU."""
+        rows = np.asarray(rows, dtype=np.float64)
+        n, mean, var = len(rows), rows.mean(0), rows.var(0)
         total, delta = self.count + n, mean - self.mean
-        self.var = (self.count * self.var + n * var + delta.square() * self.count * n / total) / total
+        self.var = (self.count * self.var + n * var + delta**2 * self.count * n / total) / total
         self.mean, self.count = self.mean + delta * n / total, total
 
     def state_dict(self):
-        return {"count": self.count, "mean": self.mean, "var": self.var}
+        return {"count": self.count, "mean": self.mean.tolist(), "var": self.var.tolist()}
 
     def load_state_dict(self, state):
-        self.count, self.mean, self.var = state["count"], state["mean"], state["var"]
+        self.count, self.mean, self.var = state["count"], np.array(state["mean"]), np.array(state["var"])
 
 
 def advantages(reward, value, next_value, terminated, ended, discount, gae_lambda):
@@ -91,7 +91,7 @@ class PPO:
         self.actor.log_std = nn.Parameter(torch.zeros(action_dim, device=device))
         self.parameters = [*self.actor.parameters(), *self.value.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=1e-5, fused=True)
-        self.obs_moments, self.return_moments = RunningMoments((obs_dim,), device), RunningMoments((), device)
+        self.obs_moments, self.return_moments = RunningMoments((obs_dim,)), RunningMoments(())
         self.rollout_steps, self.minibatches, self.epochs, self.device = rollout_steps, minibatches, epochs, device
         self.lr, self.anneal_lr, self.total_batches = lr, anneal_lr, max(1, steps // rollout_steps)
         self.discount, self.gae_lambda, self.clip = discount, gae_lambda, clip
@@ -109,7 +109,9 @@ class PPO:
 
     def set_scale(self):
         """What `normalise` needs, in single precision."""
-        self.shift, self.scale = (x.float() for x in (self.obs_moments.mean, (self.obs_moments.var + 1e-8).rsqrt()))
+        moments = self.obs_moments
+        self.shift, self.scale = (torch.as_tensor(x.astype(np.float32), device=self.device)
+                                  for x in (moments.mean, (moments.var + 1e-8) ** -0.5))
 
     def normalise(self, obs):
         return ((obs - self.shift) * self.scale).clamp(-self.CUT, self.CUT) if self.normalise_obs else obs
@@ -130,8 +132,8 @@ class PPO:
             returns.append(self.running_return)
             if end:
                 self.running_return = 0.0
-        self.return_moments.update(torch.tensor(returns, device=reward.device))
-        return (reward * (self.return_moments.var + 1e-8).rsqrt().float()).clamp(-self.CUT, self.CUT)
+        self.return_moments.update(returns)
+        return (reward * float(self.return_moments.var + 1e-8) ** -0.5).clamp(-self.CUT, self.CUT)
 
     def learn(self, buffer):
         """Waits until the buffer holds a new batch in full, then takes `epochs` passes over it."""
@@ -153,7 +155,7 @@ class PPO:
             for rows in torch.randperm(n, device=obs.device).chunk(self.minibatches):
                 parts = (x[rows] for x in (obs, action, old_log_prob, advantage, returns, value))
                 info = self.update(*parts)
-        self.obs_moments.update(batch["obs"])  # after the updates: they see what the policy saw when it acted
+        self.obs_moments.update(batch["obs"].cpu())  # after the updates: they see what the policy saw when it acted
         self.set_scale()
         self.batches += 1
         return {**info, "q_mean": value.mean(), "td_error": (returns - value).abs().mean()}
@@ -199,9 +201,8 @@ def check(args):
 
 def make_agent(args, env):
     names = ("rollout_steps", "minibatches", "epochs", "lr", "anneal_lr", "discount", "gae_lambda", "clip",
-             "entropy_coef", "value_coef", "max_grad_norm", "normalise_obs", "normalise_rewards", "device")
-    return PPO(env.obs_dim, env.action_dim, steps=args.target_steps, hidden=(args.hidden,) * args.layers,
-               **{name: getattr(args, name) for name in names})
+             "entropy_coef", "value_coef", "max_grad_norm", "normalise_obs", "normalise_rewards")
+    return PPO(**common.agent_arguments(args, env, *names), steps=args.target_steps)
 
 
 def main(argv=None):

@@ -55,11 +55,15 @@ class DelayedSAC(SAC):
 
 
 def sac_arguments(args, env):
-    """What `common.agent_flags` gives and DelayedSAC takes."""
-    names = ("actor_lr", "critic_lr", "batch_size", "discount", "polyak", "init_temperature", "target_entropy",
-             "layer_norm", "backup_entropy", "compile", "device")
-    return {"obs_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": (args.hidden,) * args.layers,
-            **{name: getattr(args, name) for name in names if name in args}}
+    """What the flags give and DelayedSAC takes."""
+    given = common.agent_arguments(args, env, "actor_lr", "critic_lr", "batch_size", "discount", "polyak",
+                                   "init_temperature", "target_entropy", "layer_norm", "backup_entropy", "policy_delay")
+    return {**given, "compile": args.speed["compile"], "dtype": args.speed["dtype"]}
+
+
+def sac_switches(g, backup_entropy):
+    g.add_argument("--backup-entropy", **common.SWITCH, default=backup_entropy, help="entropy in the critics' target")
+    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
 
 
 def build_parser():
@@ -68,14 +72,12 @@ def build_parser():
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None, random_steps=5000)
     g.add_argument("--policy-delay", type=common.count, default=2, help="critic steps between the actor's")
     g.add_argument("--save-dataset", action="store_true", help="write the replay buffer to dataset.npz at the end")
-    g.add_argument("--backup-entropy", **common.SWITCH, default=True, help="entropy term in the critics' target")
-    g.add_argument("--layer-norm", **common.SWITCH, default=False, help="LayerNorm in the critics")
-    g.add_argument("--compile", **common.SWITCH, default=False, help="torch.compile the gradients: faster after a while")
+    sac_switches(g, backup_entropy=True)
     return parser
 
 
 def make_agent(args, env):
-    return DelayedSAC(**sac_arguments(args, env), policy_delay=args.policy_delay)
+    return DelayedSAC(**sac_arguments(args, env))
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ from torch import nn
 
 import common  # before agent: it puts the repository's root on the path
 from agent import CriticEnsemble
-from common import adam, follow, frozen_copy, mlp, step
+from common import adam, follow, frozen_copy, mlp, step, update_critics
 
 
 class TD3:
@@ -53,12 +53,8 @@ class TD3:
     def learn(self, buffer):
         batch = buffer.sample(self.batch_size)
         y = self.target(batch["reward"], batch["terminated"], batch["next_obs"])
-        q = self.critic(batch["obs"], batch["action"])
-        critic_loss = (q - y).square().mean(1).sum()
-        step(self.critic_optimizer, critic_loss)
+        info = update_critics(self, batch, y)
         self.updates += 1
-        info = {"critic_loss": critic_loss.detach() / 2, "q_mean": q.detach().mean(),
-                "td_error": (q.detach().mean(0) - y).abs().mean()}
         if self.updates % self.policy_delay == 0:
             info["actor_loss"] = self.update_actor(batch["obs"])
             follow(self.target_actor, self.actor, self.polyak)
@@ -82,10 +78,8 @@ def noise_flags(g):
 
 
 def td3_arguments(args, env):
-    names = ("lr", "batch_size", "discount", "polyak", "exploration", "target_noise", "noise_clip", "policy_delay",
-             "device")
-    return {"obs_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": (args.hidden,) * args.layers,
-            **{name: getattr(args, name) for name in names}}
+    return common.agent_arguments(args, env, "lr", "batch_size", "discount", "polyak", "exploration", "target_noise",
+                                  "noise_clip", "policy_delay")
 
 
 def build_parser():

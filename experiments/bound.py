@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 import wombet  # noqa: E402
 from mpc import MPC  # noqa: E402
 from plot import STYLE, new_figure, style  # noqa: E402
-from harness import count, read_config, speed_settings  # noqa: E402
+from harness import count  # noqa: E402
 from tasks import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
@@ -38,10 +38,8 @@ COLUMNS = ("run", "kind", "step", "model_return", "real_return", "sum_u")
 
 def load_source(run_dir):
     """A run as its source phase left it: agent, data and model, and none of its files touched."""
-    theirs = read_config(run_dir)["flags"]  # an older run may lack a flag
-    flags = argparse.Namespace(**{**vars(wombet.parse_args([])), **theirs, "device": "cpu", "fast": "off"})
-    flags.speed = speed_settings(flags)
-    run = wombet.build(flags, Path(run_dir))
+    flags = ["--evaluate", str(run_dir), "--device", "cpu", "--fast", "off"]
+    run = wombet.build(wombet.parse_args(flags), Path(run_dir))
     wombet.reuse_source(run, run_dir)
     return run
 

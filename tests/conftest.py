@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def pytest_configure(config):
@@ -40,3 +41,18 @@ class NoHostReads(TorchDispatchMode):
 @pytest.fixture
 def no_host_reads():
     return NoHostReads()
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails on an operation that gives a float64 tensor: Apple's MPS has none. (On the host, NumPy has.)"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert getattr(tensor, "dtype", None) != torch.float64, f"{func} gives a float64 tensor"
+        return result
+
+
+@pytest.fixture
+def no_float64():
+    return NoFloat64()
