@@ -559,7 +559,7 @@ def open_streams():
     file that the run opens takes its place."""
     for number in range(3):
         try:
-            os.fstat(number)
+            os.set_inheritable(number, True)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
     for name in ("stdout", "stderr"):
