@@ -27,9 +27,9 @@ from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
 from filter import MODES, accept, met_threshold, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
 from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
-                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser, nonnegative,
-                     not_below, open_run, some_path, percent, positive, read_flags, real, recent_return, require,
-                     require_memory, run_program, same_flags, save, save_dataset, show, source_quantities,
+                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
+                     nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return, require,
+                     require_memory, run_program, same_flags, save, save_dataset, show, some_path, source_quantities,
                      stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
@@ -111,10 +111,10 @@ def build_parser():
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--prior", **SWITCH, default=True, help="learn from D_S; --no-prior: from scratch")
-    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases "
-                   "1 and 2")
-    g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take the source phase from that run (ablations "
-                   "share it)")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys, no "
+                   "phases 1 and 2")
+    g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take the source phase from that run "
+                   "(ablations share it)")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="D_S holds the source's real data too")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")

@@ -30,10 +30,10 @@ from torch import nn
 
 from agent import ReplayBuffer
 from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
-                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser, nonnegative,
-                     not_below, open_run, some_path, positive, read_flags, real, require, require_memory, run_program, save,
-                     save_dataset, show, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step,
-                     write_config)
+                     load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
+                     nonnegative, not_below, open_run, positive, read_flags, real, require, require_memory,
+                     run_program, save, save_dataset, show, some_path, source_quantities, stop_if_interrupted,
+                     stop_if_not_finite, store_step, write_config)
 from tasks import TaskEnv
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -56,8 +56,8 @@ def offline_parser(doc, name):
     g.add_argument("--offline-updates", type=amount, default=100_000, help="gradient updates on the dataset")
     g.add_argument("--online-steps", type=amount, default=0, help="steps in the target environment after that")
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", type=some_path, metavar="FILE", help=".npz with D4RL's keys, such as a run's dataset.npz "
-                   "(required)")
+    g.add_argument("--dataset", type=some_path, metavar="FILE", help=".npz with D4RL's keys, such as a run's "
+                   "dataset.npz (required)")
     g.add_argument("--source-rewards", action="store_true", help="learn offline from the source task's rewards, "
                    "recomputed, instead of those in the file")
     return parser

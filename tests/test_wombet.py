@@ -286,7 +286,7 @@ def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
     folder = shutil.copytree(base, tmp_path / base.name)
     state = torch.load(folder / "source.pt", weights_only=True)
     del state["source"]["agent"]["average_actor"]
-    torch.save(state, folder / "source.pt")
+    wombet.save(folder / "source.pt", state)
     assert run(tmp_path, "--source-run", folder, name="later")[0] == 2
     assert "does not fit this version: 'average_actor'" in capsys.readouterr().err
 
@@ -421,7 +421,7 @@ def test_misfits_are_refused(base, tmp_path, capsys):
              (["--offline-data", tmp_path / "bad.npz"], "Hopper-v4", "not finite"),
              (["--source-run", base, "--source-speed-cap", "2"], "Hopper-v4", "other flags: --source-speed-cap"),
              (["--source-run", base], "Walker2d-v4", "other flags: --env"),
-             (["--resume", base, "--hidden", "16"], "Hopper-v4", "does not fit")]
+             (["--resume", base, "--hidden", "16"], "Hopper-v4", "cannot take")]
     for flags, env, text in cases:
         code, folder = run(tmp_path, *flags, env=env)
         error = capsys.readouterr().err
