@@ -117,7 +117,7 @@ class AdaptiveMix:
         return {"td_error": self.td_error, "last": self.last}
 
     def load_state_dict(self, state):
-        self.td_error, self.last = state["td_error"], state["last"]
+        self.td_error, self.last = (None if state[key] is None else float(state[key]) for key in ("td_error", "last"))
 
 
 def affine(x, weight, bias, dtype=torch.float32):

@@ -32,8 +32,7 @@ def thresholds(returns, mean_u, return_percentile, u_percentile):
     a lower mean uncertainty (both from 0 to 100); those without a valid step do not count."""
     some = returns.isfinite() & mean_u.isfinite()
     if not some.any():
-        raise ValueError("no imagined trajectory has a single valid step: raise --trust-percentile, or fit a better "
-                         "model (more --source-steps)")
+        raise ValueError("no imagined trajectory has a single valid step")
     quantile = lambda x, percentile: torch.quantile(x[some], percentile / 100).item()
     return quantile(returns, return_percentile), quantile(mean_u, u_percentile)
 
@@ -62,8 +61,8 @@ def accept(returns, mean_u, return_threshold, u_threshold, mode="dual"):
         seen = "no trajectory has a valid step" if not some.any() else (
             f"seen J {returns[some].min():.4g} to {returns[some].max():.4g}, "
             f"u {mean_u[some].min():.4g} to {mean_u[some].max():.4g}")
-        raise ValueError(f"no imagined trajectory passes the filter '{mode}' with J >= {return_threshold:.4g} "
-                         f"(--return-threshold) and u <= {u_threshold:.4g} (--u-threshold): {seen}")
+        raise ValueError(f"no imagined trajectory passes the filter '{mode}' with J >= {return_threshold:.4g} and "
+                         f"u <= {u_threshold:.4g}: {seen}")
     return passed
 
 

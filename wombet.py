@@ -156,9 +156,10 @@ def check_args(args):
     require(args.horizon <= args.imagined_length,
             f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
     require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
-    largest = max(args.imagined_trajectories * args.imagined_length, args.rollouts * args.rollout_length)
-    require(largest <= args.offline_capacity,
-            f"--offline-capacity {args.offline_capacity} does not hold a round of {largest} imagined transitions")
+    for n, length in (("imagined_trajectories", "imagined_length"), ("rollouts", "rollout_length")):
+        largest = vars(args)[n] * vars(args)[length]
+        require(largest <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a round of "
+                f"{largest} transitions: --{n.replace('_', '-')} times --{length.replace('_', '-')}")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
         steps = vars(args)[f"{where}_steps"]
@@ -479,21 +480,14 @@ def generate(run):
     args, began = run.args, time.time()
     trajectories = imagine_mpc(run)
     returns, mean_u = score(run, trajectories)
-    if run.thresholds is None:
-        found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
-        given = (args.return_threshold, args.u_threshold)
-        run.thresholds = [f if g is None else g for f, g in zip(found, given)]
-        if args.filter == "dual" and args.return_threshold is None:
-            lowered = met_threshold(returns, mean_u, *run.thresholds, args.return_percentile)
-            if lowered < run.thresholds[0]:
-                run.log.note(f"D_S     no trajectory meets both percentiles: J_th is lowered from "
-                             f"{run.thresholds[0]:.4g} to {lowered:.4g}, that percentile of those within u_th")
-                run.thresholds[0] = lowered
     try:
+        if run.thresholds is None:
+            run.thresholds = first_thresholds(run, returns, mean_u)
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
     except ValueError as error:
         if run.offline_data.size == 0:
-            raise
+            raise ValueError(f"{error}; see --return-threshold, --u-threshold and --trust-percentile, or fit a better "
+                             "model with more --source-steps") from None
         run.log.note(f"D_S     {error}")  # a later round that adds nothing leaves D_S as it is
         passed = torch.zeros_like(returns, dtype=torch.bool)
     run.acceptance = passed.float().mean().item()
@@ -502,6 +496,20 @@ def generate(run):
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
     run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # a round is not the loop
+
+
+def first_thresholds(run, returns, mean_u):
+    """[J_th, u_th] as given, else the round's percentiles; J_th is lowered where none meets both."""
+    args, given = run.args, (run.args.return_threshold, run.args.u_threshold)
+    found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
+    return_threshold, u_threshold = (f if g is None else g for f, g in zip(found, given))
+    if args.filter == "dual" and args.return_threshold is None:
+        lowered = met_threshold(returns, mean_u, return_threshold, u_threshold, args.return_percentile)
+        if lowered < return_threshold:
+            run.log.note(f"D_S     no trajectory meets both percentiles: J_th is lowered from {return_threshold:.4g} to "
+                         f"{lowered:.4g}, that percentile of those within u_th")
+            return_threshold = lowered
+    return [return_threshold, u_threshold]
 
 
 def imagine_mpc(run):

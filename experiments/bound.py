@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 import wombet  # noqa: E402
 from mpc import MPC  # noqa: E402
 from plot import STYLE, new_figure, style  # noqa: E402
-from harness import count, read_config  # noqa: E402
+from harness import count  # noqa: E402
 from tasks import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
@@ -38,9 +38,8 @@ COLUMNS = ("run", "kind", "step", "model_return", "real_return", "sum_u")
 
 def load_source(run_dir):
     """A run as its source phase left it: agent, data and model, and none of its files touched."""
-    theirs = read_config(run_dir)["flags"]  # an older run may lack a flag
-    flags = argparse.Namespace(**{**vars(wombet.parse_args([])), **theirs, "device": "cpu", "compile": False})
-    run = wombet.build(flags, Path(run_dir))
+    flags = ["--evaluate", str(run_dir), "--device", "cpu", "--fast", "off"]
+    run = wombet.build(wombet.parse_args(flags), Path(run_dir))
     wombet.reuse_source(run, run_dir)
     return run
 
@@ -69,7 +68,7 @@ def check(run, episodes, length, every):
     horizon, source, task = run.args.horizon, run.source, run.source.env.task
     envs, probe = [source.make_env(seed=i) for i in range(episodes)], source.make_env()
     obs, step = torch.as_tensor(np.stack([env.reset() for env in envs])), lockstep(envs, run.model.uncertainty)
-    running, rows, mpc = torch.ones(episodes, dtype=torch.bool), [], wombet.planner(run, run.args.plan_penalty_coef)
+    running, rows, mpc = torch.ones(episodes, dtype=torch.bool), [], wombet.planner(run)
     for t in range(min(length, source.env.max_steps or length)):
         action = mpc.act(obs)
         if t % every == 0 and t + horizon <= length:
@@ -148,7 +147,7 @@ def main(argv=None):
         draw(rows, used, out / "bound.png")
     with open(out / "bound.csv", "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
-    for line in summary(rows, (0, 1, 5, *sorted(set(used.values())))):
+    for line in summary(rows, sorted({0, 1, 5, *used.values()})):
         print("  ".join(f"{cell:<14}" for cell in line))
     return 0
 

@@ -1,181 +1,472 @@
-"""The runs behind each figure, a process a core, resumable: what is done is skipped, what was cut short goes on.
+"""The runs behind the paper's figures, a process a core; what is done is skipped, what was cut short goes on.
 
-    python experiments/reproduce.py transfer --jobs 2
-    python experiments/reproduce.py new-agent --jobs 2        the paper's reading: a new agent, and D_S imagined alone
-    python experiments/reproduce.py two-critics --jobs 2      earlier defaults: that with N = 2, UTD 4
-    python experiments/reproduce.py slow-lr --jobs 2          those and an earlier learning rate and exploration
-    python experiments/reproduce.py slow-targets --jobs 2     those and RLPD's rate of the target networks
-    python experiments/reproduce.py fast --jobs 2             that from scratch, with the flags for speed
-    python experiments/reproduce.py baselines --jobs 2
-    python experiments/reproduce.py offline-data offline --jobs 2     learns from what the first and slow-targets leave
+    python experiments/reproduce.py fig2 --jobs 2            runs figure 2 here
+    python experiments/reproduce.py fig2 --list              only prints its commands
+    python experiments/reproduce.py all --slurm --slurm-args='--partition=cpu --time=12:00:00'
+    python experiments/reproduce.py fig5 --budget quick      a figure in minutes, to see that it works
 
-Runs go to runs/<topic>/; config.json, progress.csv and model_error.csv of each go to results/<topic>/ as it ends.
-"offline" ends with results/offline/table.csv, returns also in units of the data's mean return.
+A run goes to runs/<topic>/<env>__<name>__<seed>/, with its output in <env>__<name>__<seed>.log beside it; as it ends,
+its config.json, progress.csv and model_error.csv are copied to results/<topic>/. Topics share runs: WOMBET itself is
+fig2's everywhere. Exit code 0: all done, 1: a run failed, 2: bad input, 130: interrupted.
 """
 
 import argparse
-import csv
+import fcntl
+import fnmatch
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import namedtuple
 from pathlib import Path
-
-import numpy as np
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = ["--compile", "--precision", "medium", "--plan-dtype", "bfloat16", "--update-dtype", "bfloat16"]
-# earlier defaults, each line older than the one before; of a flag given twice the last counts
-NEW_AGENT = ["--no-warm-start", "--no-keep-source-data"]
-TWO_CRITICS = [*NEW_AGENT, "--critics", 2, "--utd", 4, "--polyak", 0.02, "--random-steps", 5000, "--snapshot-window", 0]
-SLOW_LR = [*TWO_CRITICS, "--lr", 3e-4, "--init-temperature", 0.1, "--random-steps", 1000]
-SLOW = [*SLOW_LR, "--polyak", 0.005, "--actor-average", 1, "--alpha-gain", 0.3]
+NEAR_FOUR = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5")
+PAIR = ("HalfCheetah-v4", "Walker2d-v4")
+
+# envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds.
+# source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
+# than half". offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long.
+# wombet, baseline, learner, cql, bound: flags of WOMBET's runs, of every baseline, of those that start with random
+# steps, of CQL and COMBO, of bound.py.
+CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,
+           offline=20_000, slow_offline=10_000, wombet=(), baseline=("--eval-every", 2500), learner=(),
+           cql=("--cql-actions", 4), bound=())
+BUDGETS = {
+    "cpu": CPU,
+    "paper": {**CPU, "envs": (*NEAR_FOUR, "Ant-v4", "Swimmer-v4"), "few": range(5), "offline": 100_000,
+              "slow_offline": 100_000, "cql": ()},
+    "quick": {**CPU, "envs": ("Hopper-v4",), "pair": ("Hopper-v4",), "many": range(1), "few": range(1), "source": 400,
+              "target": 200, "online": 400, "offline": 100, "slow_offline": 50,
+              "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
+                                    "--hidden 64 --model-hidden 64 --random-steps 100 --snapshot-window 100 "
+                                    "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
+                                    "--imagined-length 15 --return-percentile 30"),
+              "baseline": shlex.split("--fast off --eval-every 50 --eval-episodes 2 --checkpoint-every 50 --hidden 64"),
+              "learner": ("--random-steps", 100), "bound": shlex.split("--episodes 2 --length 20")}}
+
+# folder: of the run below runs/<topic>/ and results/<topic>/. flags: of the command, with everything. result: the file
+# that says that it is done. needs: files of other runs without which it cannot start. base: a finished run, a copy of
+# which it continues (None: it starts from nothing)
+Job = namedtuple("Job", "topic folder script flags result needs base")
 
 
-def transfer(seeds, more=FAST):
-    """WOMBET against the same agent from scratch, by default flags and those for speed: (script, run folder, flags)."""
-    for name, flags in (("scratch", ["--no-prior"]), ("wombet", [])):
-        for seed in seeds:
-            for env in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5"):
-                yield job("wombet.py", env, name, seed, *flags, *more)
+# ------------------------------------------------------------------------------------------------------------ the grid
 
 
-def new_agent(seeds):
-    """A new agent in the target task, and D_S imagined alone; from scratch it is what `transfer` runs."""
-    for seed in seeds:
-        for env in ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"):
-            yield job("wombet.py", env, "new-agent", seed, *NEW_AGENT, *FAST)
+def new_job(b, topic, script, env, name, seed, *flags, needs=(), base=None):
+    folder = f"{env}__{name}__{seed}"
+    if base is None:
+        flags = ("--env", env, "--name", name, "--seed", seed, *flags, "--out", f"{b.runs}/{topic}")
+    return Job(topic, folder, script, tuple(map(str, flags)), f"{b.results}/{topic}/{folder}/progress.csv", needs, base)
 
 
-def two_critics(seeds):
-    """The same with two critics, four updates a step, 5,000 random steps and the last source agent as guide."""
-    return transfer(seeds, [*TWO_CRITICS, *FAST])
+def run_dir(b, job):
+    return f"{b.runs}/{job.topic}/{job.folder}"
 
 
-def slow_lr(seeds):
-    """Those with an earlier learning rate, first temperature and number of random steps."""
-    return transfer(seeds, [*SLOW_LR, *FAST])
+def from_scratch(b, topic, name, env, seed, steps):
+    return new_job(b, topic, "wombet.py", env, name, seed, *b.wombet, "--no-prior", "--target-steps", steps)
 
 
-def slow_targets(seeds):
-    """Those and the defaults before (RLPD's rate of the target networks, no average actor), in plain float32."""
-    return transfer(seeds, SLOW)
+def wombet(b, topic, name, env, seed, *flags, source=None):
+    """WOMBET with those flags; source: the run whose source phase it takes."""
+    flags = (*b.wombet, "--source-steps", b.source, "--target-steps", b.target, *flags)
+    if source is None:
+        return new_job(b, topic, "wombet.py", env, name, seed, *flags)
+    return new_job(b, topic, "wombet.py", env, name, seed, *flags, "--source-run", run_dir(b, source),
+               needs=(f"{run_dir(b, source)}/source.pt",))
 
 
-def fast(seeds):
-    """Does learning suffer from what is fast? As in `slow_targets`, where the same seeds ran in plain float32."""
-    for seed in seeds:
-        for env in ("HalfCheetah-v4", "Pusher-v5"):
-            yield job("wombet.py", env, "scratch-fast", seed, "--no-prior", *SLOW, *FAST)
+def default(b, env, seed):
+    """WOMBET as it is, which most topics compare with and take the source phase from."""
+    return wombet(b, "fig2", "wombet", env, seed)
 
 
-def job(script, env, name, seed, *flags):
-    return script, f"{env}__{name}__{seed}", ["--env", env, "--name", name, "--seed", str(seed), *map(str, flags)]
+def variant(b, topic, name, env, seed, *flags):
+    return wombet(b, topic, name, env, seed, *flags, source=default(b, env, seed))
 
 
-def baselines(seeds):
-    """The online baselines against published means: SAC and TD3 at 100,000 steps, PPO (one seed) at 1,000,000. TD3
-    begins to learn when the published runs did (the paper's appendix C), not at CleanRL's 25,000 steps."""
-    for seed in seeds:
+NOTHING_IMAGINED = ("--alpha-rule", "fixed", "--alpha", 0)
+
+
+def control(b):
+    """Nothing imagined, all else equal; and from scratch for as many steps as source and target together."""
+    for env in b.envs:
+        yield from (default(b, env, seed) for seed in b.many)
+        yield from (variant(b, "control", "control", env, seed, *NOTHING_IMAGINED) for seed in b.many)
+        yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
+
+
+def fig2(b):
+    """WOMBET against the same agent from scratch, and against SAC, TD3 and PPO with twice the target steps."""
+    for env in b.envs:
+        yield from (default(b, env, seed) for seed in b.many)
+        yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.many)
+        # TD3's published runs begin to learn then (the paper's appendix C), not at CleanRL's 25,000 steps
+        start = 10_000 if env in ("HalfCheetah-v4", "Ant-v4") else 1_000
+        more = {"sac": b.learner, "td3": ("--random-steps", start, *b.learner), "ppo": ()}
+        for name, flags in more.items():
+            yield from (new_job(b, "fig2", f"baselines/{name}.py", env, name, seed, "--target-steps", b.online,
+                                *b.baseline, *flags) for seed in b.few)
+
+
+def fig3(b):
+    """Offline methods on WOMBET's first D_S alone."""
+    for env in b.pair:
+        yield from (default(b, env, seed) for seed in b.few)
+        for name in ("bc", "iql", "mopo", "cql", "combo"):
+            yield from (offline(b, "fig3", name, env, seed) for seed in b.few)
+
+
+def offline(b, topic, name, env, seed, *flags):
+    data = f"{run_dir(b, default(b, env, seed))}/first_dataset.npz"
+    slow = name in ("cql", "combo")
+    return new_job(b, topic, f"baselines/{name}.py", env, name, seed, "--dataset", data, "--offline-updates",
+               b.slow_offline if slow else b.offline, *b.baseline, *(b.cql if slow else ()), *flags, needs=(data,))
+
+
+def fig4(b):
+    """These go on online, and AWAC."""
+    for job in fig3(b):
+        yield job
+        if job.topic == "fig3":
+            env, name, seed = job.folder.split("__")
+            base = run_dir(b, job)
+            yield new_job(b, "fig4", job.script, env, name, seed, "--resume", f"{b.runs}/fig4/{job.folder}",
+                      "--online-steps", b.target, needs=(f"{base}/done",), base=base)
+    for env in b.pair:
+        yield from (offline(b, "fig4", "awac", env, seed, "--online-steps", b.target) for seed in b.few)
+
+
+def fig5(b):
+    """The adaptive share against a fixed one."""
+    for env in b.envs:
+        yield from (default(b, env, seed) for seed in b.few)
+        yield from (variant(b, "fig5", "fixed", env, seed, "--alpha-rule", "fixed", "--alpha", 0.5) for seed in b.few)
+
+
+def fig6(b):
+    """The dual filter against one criterion and none."""
+    for env in b.envs:
+        yield from (default(b, env, seed) for seed in b.few)
+        for kind in ("return", "uncertainty", "none"):
+            yield from (variant(b, "fig6", f"filter-{kind}", env, seed, "--filter", kind) for seed in b.few)
+
+
+def preset(b):
+    """The literal paper: its source phase is its own."""
+    for env in b.envs:
+        yield from (wombet(b, "preset", "preset", env, seed, "--preset", "paper") for seed in b.few)
+
+
+def shift(b):
+    """A source task further away: WOMBET and the control; from scratch is fig2's."""
+    for kind in ("backward", "stand"):
+        for env in b.pair:
+            for seed in b.few:
+                source = wombet(b, "shift", kind, env, seed, "--source", kind)
+                yield source
+                yield wombet(b, "shift", f"{kind}-control", env, seed, "--source", kind, *NOTHING_IMAGINED,
+                             source=source)
+    for env in b.pair:
+        yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.few)
+
+
+def bound(b):
+    """Eqs. 3 to 5 in the real source environment, from the first seed's source phases."""
+    sources = [default(b, env, b.few[0]) for env in b.envs]
+    yield from sources
+    folders = [run_dir(b, job) for job in sources]
+    yield Job("bound", "bound", "experiments/bound.py", (*folders, *b.bound, "--out", f"{b.results}/bound"),
+              f"{b.results}/bound/bound.csv", tuple(f"{folder}/source.pt" for folder in folders), None)
+
+
+def baselines(b):
+    """The online baselines against their published means: SAC and TD3 at 100,000 steps, PPO (one seed) at 1,000,000.
+    Not part of "all"."""
+    for seed in b.few:
         for env, start in (("HalfCheetah-v4", 10_000), ("Hopper-v4", 1_000)):
-            yield job("baselines/sac.py", env, "sac", seed, "--target-steps", 100_000, "--compile")
-            yield job("baselines/td3.py", env, "td3", seed, "--target-steps", 100_000, "--random-steps", start)
-        if seed == seeds[0]:
-            for env in ("Hopper-v4", "Walker2d-v4"):
-                yield job("baselines/ppo.py", env, "ppo", seed)
+            yield new_job(b, "baselines", "baselines/sac.py", env, "sac", seed, "--target-steps", 100_000)
+            yield new_job(b, "baselines", "baselines/td3.py", env, "td3", seed, "--target-steps", 100_000,
+                      "--random-steps", start)
+    for env in ("Hopper-v4", "Walker2d-v4"):
+        yield new_job(b, "baselines", "baselines/ppo.py", env, "ppo", b.few[0])
 
 
-def offline_data(seeds):
-    """Mixed-quality data: all that SAC stores on its way to a middling return, one file for every seed of `offline`."""
-    yield job("baselines/sac.py", "HalfCheetah-v4", "data", 0, "--target-steps", 30_000, "--save-dataset")
+ALL = {f.__name__: f for f in (control, fig2, fig5, fig6, preset, shift, fig3, fig4, bound)}
+TOPICS = {**ALL, "baselines": baselines}
 
 
-DATASETS = {  # from ROOT, where runs start; D_S is WOMBET's on the same task, relabelled: `slow-targets` leaves it
-    "sac": Path("runs", "offline-data", "HalfCheetah-v4__data__0", "dataset.npz"),
-    "ds": Path("runs", "slow-targets", "HalfCheetah-v4__wombet__1", "dataset.npz")}
+def grid(b, topics):
+    """The jobs of those topics, each once, what another needs before it."""
+    names = [name for topic in topics for name in (ALL if topic == "all" else [topic])]
+    return list(dict.fromkeys(job for name in names for job in TOPICS[name](b)))
 
 
-MARKS = 10_000, 20_000  # updates
+# -------------------------------------------------------------------------------------------------------------- states
 
 
-def offline(seeds):
-    """The offline baselines on those files. CQL and COMBO, whose updates take ten times as long, stop at the first mark,
-    and take 4 actions a state and distribution, not 10."""
-    for data, path in DATASETS.items():
-        for name in ("bc", "iql", "awac", "mopo", "cql", "combo"):
-            for seed in seeds:
-                slow = name in ("cql", "combo")
-                yield job(f"baselines/{name}.py", "HalfCheetah-v4", f"{name}-{data}", seed, "--dataset", path,
-                          "--offline-updates", MARKS[0] if slow else MARKS[1], "--eval-every", 5_000,
-                          *(["--cql-actions", 4] if slow else []))
+def title(job):
+    return f"{job.topic}/{job.folder}"
 
 
-def offline_table():
-    """results/offline/table.csv: returns at the marks, also in units of the data's. The data's is its mean reward times
-    an episode's 1,000 steps, for D_S has shorter ones."""
-    kept, table = ROOT / "results" / "offline", [("data", "method", "seeds", "updates", "return", "over_data")]
-    for data, path in DATASETS.items():
-        mean_return = 1000 * float(np.load(ROOT / path)["rewards"].mean())
-        table.append((data, "(the data)", "", "", round(mean_return, 1), 1.0))
-        groups = {}
-        for progress in sorted(kept.glob(f"*-{data}__*/progress.csv")):
-            name = progress.parent.name.split("__")[1].removesuffix(f"-{data}")
-            with open(progress) as file:
-                for row in csv.DictReader(file):
-                    if row["phase"] == "offline" and int(row["updates"]) in MARKS:
-                        groups.setdefault((name, row["updates"]), []).append(float(row["return_mean"]))
-        table += [(data, name, len(returns), updates, round(np.mean(returns), 1),
-                   round(np.mean(returns) / mean_return, 3)) for (name, updates), returns in groups.items()]
-    with open(kept / "table.csv", "w", newline="") as file:
-        csv.writer(file).writerows(table)
-    for row in table:
-        print("  ".join(f"{cell!s:<12}" for cell in row))
+def command(job):
+    """One line for a shell in ROOT."""
+    line = shlex.join(["python", job.script, *job.flags])
+    if job.base:
+        parent = str(Path(job.flags[1]).parent)
+        line = f"mkdir -p {parent} && cp -r {job.base} {parent}/ && {line}"
+    return line
 
 
-TOPICS = {"transfer": transfer, "new-agent": new_agent, "two-critics": two_critics, "slow-lr": slow_lr,
-          "slow-targets": slow_targets, "fast": fast, "baselines": baselines, "offline-data": offline_data,
-          "offline": offline}
+def missing(job):
+    return [need for need in job.needs if not (ROOT / need).exists()]
 
 
-def run(topic, script, folder, flags):
-    """Starts, continues or skips one run; returns its exit code."""
-    out, kept = ROOT / "runs" / topic, ROOT / "results" / topic / folder
-    if kept.exists():
-        return 0
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / folder / "checkpoint.pt").exists():
-        flags = ["--resume", str(out / folder)]
-    else:
-        shutil.rmtree(out / folder, ignore_errors=True)  # it has no checkpoint: nothing to continue
-        flags = [*flags, "--out", str(out)]
-    flags += ["--threads", "1"]  # as many runs as cores: faster together than one after the other on all of them
-    with open(out / f"{folder}.log", "a") as log:
-        code = subprocess.run([sys.executable, ROOT / script, *flags], cwd=ROOT, stdout=log, stderr=log,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-    if code == 0:
-        kept.mkdir(parents=True)
-        for name in ("config.json", "progress.csv", "model_error.csv"):
-            if (out / folder / name).exists():  # learning from scratch has no model
-                shutil.copy(out / folder / name, kept)
-    print(f"{folder}: " + ("done" if code == 0 else f"exit code {code}, see {out / folder}.log"), flush=True)
-    return code
+def owners(job, jobs, b):
+    """Those of `jobs` that leave what this one still needs."""
+    return [other for other in jobs if any(str(Path(need).parent) == run_dir(b, other) for need in missing(job))]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topics", nargs="+", choices=TOPICS, metavar="TOPIC", help=", ".join(TOPICS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    args = parser.parse_args()
-    for topic in args.topics:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            codes = list(pool.map(lambda job: run(topic, *job), TOPICS[topic](args.seeds)))
-        if max(codes):
-            return max(codes)
-        if topic == "offline":
-            offline_table()
+def to_do(jobs, b):
+    """The jobs that results/ has not, and those that leave what these need, as where runs/ was deleted."""
+    pending = [job for job in jobs if not (ROOT / job.result).exists()]
+    for job in pending:  # it grows
+        pending += [other for other in owners(job, jobs, b) if other not in pending]
+    return [job for job in jobs if job in pending]
+
+
+def forget(job, b):
+    """Takes away what a run has left, in runs/ and in results/."""
+    shutil.rmtree(ROOT / run_dir(b, job), ignore_errors=True)
+    (ROOT / f"{run_dir(b, job)}.log").unlink(missing_ok=True)
+    (ROOT / job.result).unlink(missing_ok=True)
+
+
+def start(job, b):
+    """Its process, or None where another process is at this run."""
+    folder, flags = ROOT / run_dir(b, job), job.flags
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the child, which has the file open, to its end
+        except OSError:
+            return None
+        if not (folder / "checkpoint.pt").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing in it to go on from
+            if job.base:
+                shutil.copytree(ROOT / job.base, folder, ignore=shutil.ignore_patterns("done"))
+        elif job.base is None:
+            flags = ("--resume", run_dir(b, job))
+        # a session of its own: Ctrl-C on the terminal is for this program, which passes it on once
+        return subprocess.Popen([sys.executable, job.script, *flags], cwd=ROOT, stdout=log, stderr=log,
+                                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def keep(job, b):
+    """Copies what a finished run is kept by, progress.csv last."""
+    folder = ROOT / run_dir(b, job)
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model_error.csv", "progress.csv"):
+        if (folder / name).exists():
+            (ROOT / job.result).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, (ROOT / job.result).parent)
+    (folder / "done").touch()
+
+
+def last_lines(job, b, n):
+    path = ROOT / f"{run_dir(b, job)}.log"
+    return path.read_text(errors="replace")[-5000:].rstrip().splitlines()[-n:] if path.exists() else []
+
+
+# -------------------------------------------------------------------------------------------------------------- runner
+
+
+def clock(seconds):
+    return "?" if seconds is None else f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+class Board:
+    """What is said while jobs run: a line an event and, on a terminal, a table below that rewrites itself."""
+
+    def __init__(self):
+        self.drawn, self.terminal = 0, sys.stdout.isatty()
+
+    def say(self, text):
+        self.draw([])
+        print(text, flush=True)
+
+    def draw(self, lines):
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\033[{self.drawn}F\033[J" if self.drawn else "", end="")
+            print("".join(line[:width] + "\n" for line in lines), end="", flush=True)
+            self.drawn = len(lines)
+
+
+def run_all(jobs, slots, b):
+    """Runs the jobs, `slots` at a time, in their order; returns the exit code."""
+    waiting, running, took, failed, done, board = list(jobs), {}, {}, 0, 0, Board()
+    kind = lambda job: (job.script, job.folder.split("__")[-2:][0])
+
+    def expected(job):
+        times = took.get(kind(job)) or [seconds for all_of in took.values() for seconds in all_of]
+        return sum(times) / len(times) if times else None
+
+    def summary():
+        spent = {job: time.time() - began for job, (_, began) in running.items()}
+        left = [expected(job) and max(expected(job) - spent.get(job, 0), 0) for job in (*waiting, *running)]
+        left = None if None in left else sum(left) / min(slots, max(len(left), 1))
+        return f"{len(running)} running, {len(waiting)} waiting, {done} done, {failed} failed, {clock(left)} left"
+
+    def fail(job, why, lines=()):
+        nonlocal failed
+        failed += 1
+        board.say("\n".join([f"failed: {title(job)}: {why}", *(f"    {line}" for line in lines)]))
+
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if len(running) == slots:
+                    break
+                if not missing(job):
+                    waiting.remove(job)
+                    process = start(job, b)
+                    if process is None:
+                        fail(job, "another process is at it")
+                    else:
+                        running[job] = process, time.time()
+                elif not owners(job, (*waiting, *running), b):
+                    waiting.remove(job)
+                    fail(job, f"needs {', '.join(missing(job))}, which no run here leaves")
+            for job, (process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                if process.returncode:
+                    why = f"exit code {process.returncode}; the end of {run_dir(b, job)}.log:"
+                    fail(job, why, last_lines(job, b, 5))
+                else:
+                    keep(job, b)
+                    done += 1
+                    took.setdefault(kind(job), []).append(time.time() - began)
+                    board.say(f"done: {title(job)} in {clock(time.time() - began)}; {summary()}")
+            if board.terminal:
+                board.draw([summary(), *(f"  {title(job):44} {clock(time.time() - began)}  "
+                                         f"{''.join(last_lines(job, b, 1))}" for job, (_, began) in running.items())])
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        for process, _ in running.values():
+            process.send_signal(signal.SIGINT)  # each ends with a checkpoint
+        for process, _ in running.values():
+            process.wait()
+        board.say("interrupted; the same command goes on")
+        return 130
+    board.say(f"{done} done, {failed} failed")
+    return 1 if failed else 0
+
+
+def submit(jobs, b, args):
+    """The jobs as one job array of Slurm, or one for each stage, where a stage waits for what it needs."""
+    stages = {}
+    for job in jobs:  # what another needs comes before it
+        stages[job] = 1 + max((stages[other] for other in owners(job, stages, b)), default=-1)
+    (ROOT / b.runs / "slurm").mkdir(parents=True, exist_ok=True)
+    again = [*args.topics, "--budget", args.budget, "--jobs", "1", "--out", str(b.out)]
+    if args.seeds:
+        again += ["--seeds", *map(str, args.seeds)]
+    before = None
+    for stage in range(1 + max(stages.values())):
+        names = [title(job) for job in jobs if stages[job] == stage]
+        script = ("#!/bin/bash\n"
+                  f"names=({shlex.join(names)})\n"
+                  f"exec {shlex.join([sys.executable, 'experiments/reproduce.py', *again])} "
+                  "--only \"${names[$SLURM_ARRAY_TASK_ID]}\"\n")
+        flags = ["--parsable", f"--array=0-{len(names) - 1}", "--job-name=wombet", "--cpus-per-task=1",
+                 f"--chdir={ROOT}", f"--output={(ROOT / b.runs).resolve()}/slurm/%A_%a.log",
+                 *([f"--dependency=afterany:{before}"] if before else []), *shlex.split(args.slurm_args)]
+        try:
+            sent = subprocess.run(["sbatch", *flags], input=script, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise ValueError("--slurm: there is no sbatch on PATH; run it on a machine of the cluster") from None
+        if sent.returncode:
+            raise ValueError(f"--slurm: sbatch says: {(sent.stderr.strip().splitlines() or ['nothing'])[-1]}")
+        before = sent.stdout.strip().split(";")[0]
+        print(f"job array {before}: {len(names)} runs" + (", after the one before" if stage else "")
+              + f"; logs: {b.runs}/slurm/{before}_<task>.log")
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("topics", nargs="+", choices=(*TOPICS, "all"), metavar="TOPIC",
+                        help=f"{', '.join(TOPICS)}; all: these but baselines")
+    parser.add_argument("--budget", default="cpu", choices=BUDGETS, help="quick: minutes; cpu: four environments, 3 or "
+                        "5 seeds; paper: six environments, 5 seeds, longer offline phases (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="these instead of the budget's")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="only runs whose topic/folder "
+                        "matches, such as 'fig2/Hopper-v4__*'")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--list", action="store_true", help="print the commands, one a line, and run nothing")
+    parser.add_argument("--again", action="store_true", help="run anew what is there: first deletes what runs/ and "
+                        "results/ have of these topics (of an interrupted one: go on without --again)")
+    parser.add_argument("--slurm", action="store_true", help="submit the runs to Slurm as job arrays")
+    parser.add_argument("--slurm-args", default="", metavar="'ARGS'", help="of sbatch: --slurm-args='--time=12:00:00'")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where runs/ and results/ lie (default: the "
+                        "repository; quick, paper: runs/quick, runs/paper, for their numbers are not cpu's)")
+
+    def error(message):
+        raise ValueError(message)
+
+    parser.error = error
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs}: at least 1")
+    return args
+
+
+def main(argv=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Slurm's time limit leaves checkpoints
+    try:
+        args = parse_args(argv)
+        b = SimpleNamespace(**BUDGETS[args.budget])
+        b.out = args.out.resolve() if args.out else ROOT if args.budget == "cpu" else ROOT / "runs" / args.budget
+        inside = b.out.relative_to(ROOT) if b.out.is_relative_to(ROOT) else b.out
+        b.runs, b.results = str(inside / "runs"), str(inside / "results")
+        if args.seeds:
+            b.many = b.few = args.seeds
+        jobs = [job for job in grid(b, args.topics) if any(fnmatch.fnmatch(title(job), p) for p in args.only)]
+        if not jobs:
+            raise ValueError(f"--only {' '.join(args.only)} matches no run of {', '.join(args.topics)}")
+        if args.list:
+            print("\n".join(map(command, jobs)))
+            return 0
+        if args.again:
+            for job in jobs:
+                if job.topic in (ALL if "all" in args.topics else args.topics):
+                    forget(job, b)
+        pending = to_do(jobs, b)
+        skipped = [job for job in jobs if job not in pending]
+        for job in skipped:
+            print(f"skipped, for it is done: {Path(job.result).parent}")
+        if skipped:
+            print(f"{len(skipped)} skipped; --again runs them anew")
+        if not pending:
+            return 0
+        return submit(pending, b, args) if args.slurm else run_all(pending, args.jobs, b)
+    except ValueError as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # a second one
+        return 130
 
 
 if __name__ == "__main__":

@@ -513,7 +513,7 @@ def test_misfits_are_refused(base, tmp_path, capsys):
              (["--offline-data", tmp_path / "bad.npz"], "Hopper-v4", "not finite"),
              (["--source-run", base, "--source-speed-cap", "2"], "Hopper-v4", "other flags: --source-speed-cap"),
              (["--source-run", base], "Walker2d-v4", "other flags: --env"),
-             (["--resume", base, "--hidden", "16"], "Hopper-v4", "does not fit")]
+             (["--resume", base, "--hidden", "16"], "Hopper-v4", "--hidden 16 (the run has 32)")]
     for flags, env, text in cases:
         code, folder = run(tmp_path, *flags, env=env)
         error = capsys.readouterr().err

@@ -1,0 +1,306 @@
+"""experiments/reproduce.py: its grid against the programs' flags, its runner with stubs, quick runs, also in Slurm."""
+
+import csv
+import getpass
+import importlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import wombet
+from experiments import reproduce
+
+SCRIPT = Path(reproduce.__file__)
+
+STUB = """import pathlib, sys, time
+folder, mode, *more = sys.argv[1:]
+if folder == "--resume":
+    folder, mode = mode, "resumed"
+folder = pathlib.Path(folder)
+folder.mkdir(parents=True, exist_ok=True)
+print(mode, flush=True)
+if mode == "fail":
+    sys.exit("one\\ntwo: what went wrong")
+if mode == "slow":
+    (folder / "checkpoint.pt").touch()
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        sys.exit(130)
+if mode == "source":  # it goes on until the run that waits for source.pt has begun
+    (folder / "source.pt").touch()
+    while not pathlib.Path(more[0]).exists():
+        time.sleep(0.05)
+(folder / "config.json").write_text("{}")
+(folder / "progress.csv").write_text(mode)
+"""
+
+
+# ------------------------------------------------------------------------------------------------------------- the grid
+
+
+def budget(name):
+    return SimpleNamespace(**reproduce.BUDGETS[name], runs="runs", results="results")
+
+
+@pytest.mark.parametrize("name", reproduce.BUDGETS)
+def test_every_command_is_one_that_its_program_takes(name):
+    jobs, checked = reproduce.grid(budget(name), ["all", "baselines"]), set()
+    for job in jobs:
+        kind = (job.script, *job.folder.split("__")[1:2], bool(job.base))
+        if kind in checked or job.script == "experiments/bound.py":
+            continue
+        checked.add(kind)
+        flags = [flag for flag in job.flags if flag != "--resume" and not flag.startswith("runs/fig4/")]
+        if job.script == "wombet.py":
+            wombet.parse_args(flags)
+        else:
+            importlib.import_module(Path(job.script).stem).build_parser().parse_args(flags)
+    assert {script for script, *_ in checked} >= {"wombet.py", "baselines/ppo.py", "baselines/combo.py"}
+
+
+def test_the_grid_is_the_issues():
+    jobs = reproduce.grid(budget("cpu"), ["all"])
+    assert len(jobs) == len({(job.topic, job.folder) for job in jobs})
+    count = lambda topic, name: len([job for job in jobs if job.topic == topic and f"__{name}__" in job.folder])
+    assert [count("fig2", name) for name in ("wombet", "scratch", "sac", "td3", "ppo")] == [20, 20, 12, 12, 12]
+    assert [count("control", name) for name in ("control", "scratch-long")] == [20, 12]
+    assert [count("fig3", name) for name in ("bc", "iql", "cql", "mopo", "combo")] == [6] * 5
+    assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
+    assert count("fig5", "fixed") == 12 and count("preset", "preset") == 12 and count("shift", "backward-control") == 6
+    assert [count("fig6", f"filter-{kind}") for kind in ("return", "uncertainty", "none")] == [12] * 3
+    # what a run needs, a run before it leaves
+    for i, job in enumerate(jobs):
+        assert all(any(need.startswith(f"runs/{other.topic}/{other.folder}/") for other in jobs[:i])
+                   for need in job.needs)
+    paper = reproduce.grid(budget("paper"), ["fig2"])
+    assert len([job for job in paper if "__sac__" in job.folder]) == 6 * 5
+
+
+def test_list_prints_commands_one_a_line(capsys):
+    assert reproduce.main(["control", "--seeds", "3", "--list", "--only", "*Hopper*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("python wombet.py --env Hopper-v4 --name wombet --seed 3 --source-steps 50000 "
+                        "--target-steps 25000 --out runs/fig2")
+    assert "--alpha-rule fixed --alpha 0 --source-run runs/fig2/Hopper-v4__wombet__3 --out runs/control" in lines[1]
+    assert len(lines) == 3 and "--no-prior --target-steps 75000" in lines[2]
+
+
+README = (SCRIPT.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python experiments/reproduce.py ([^#\n]*)", README, re.M))
+def test_each_command_of_the_readme_is_understood(command, capsys):
+    assert reproduce.main([*shlex.split(command), "--list"]) == 0, capsys.readouterr().err
+
+
+def test_the_readme_has_every_topic():
+    assert sorted(re.findall(r"^\| `(\w+)` \|", README, re.M)) == sorted(reproduce.TOPICS)
+
+
+@pytest.mark.parametrize("flags", [["figure"], ["fig2", "--jobs", "0"], ["fig2", "--only", "fig3/*"], ["fig2", "--x"]])
+def test_bad_input_is_one_line(flags, capsys):
+    assert reproduce.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("reproduce.py: ") and error.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- the runner
+
+
+@pytest.fixture
+def stubs(tmp_path, monkeypatch):
+    """Makes a topic of stubs: call it with {name: (mode, names of those whose source.pt it needs)}."""
+    (tmp_path / "stub.py").write_text(STUB)
+
+    def topic(**modes):
+        def jobs(b):
+            for name, (mode, needs) in modes.items():
+                more = [f"{b.runs}/t/b"] if mode == "source" else []
+                yield reproduce.Job("t", name, str(tmp_path / "stub.py"), (f"{b.runs}/t/{name}", mode, *more),
+                                    f"{b.results}/t/{name}/progress.csv",
+                                    tuple(f"{b.runs}/t/{need}/source.pt" for need in needs), None)
+        monkeypatch.setitem(reproduce.TOPICS, "t", jobs)
+
+    topic.run = lambda *flags: reproduce.main(["t", "--out", str(tmp_path), *flags])
+    topic.said = lambda name: (tmp_path / "results" / "t" / name / "progress.csv").read_text()
+    return topic
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(stubs, tmp_path, capsys):
+    stubs(a=("fail", []), b=("ok", ["a"]), c=("ok", []))
+    assert stubs.run("--jobs", "1") == 1
+    out = capsys.readouterr().out
+    assert "failed: t/a: exit code 1" in out and "    two: what went wrong\n" in out  # its log's last lines
+    assert "failed: t/b: needs " in out and "done: t/c" in out and out.endswith("1 done, 2 failed\n")
+    assert stubs.said("c") == "ok" and not (tmp_path / "results" / "t" / "a").exists()
+
+
+def test_a_source_phase_is_waited_for_but_not_the_run_that_leaves_it(stubs, capsys):
+    stubs(b=("ok", ["a"]), a=("source", []))
+    assert stubs.run("--jobs", "2") == 0  # a ends once b has begun
+    assert stubs.said("a") == "source" and stubs.said("b") == "ok"
+
+
+def test_done_is_skipped_and_named_until_again(stubs, tmp_path, capsys):
+    stubs(a=("ok", []), b=("ok", []))
+    assert stubs.run("--only", "t/a") == 0
+    capsys.readouterr()
+    (tmp_path / "results" / "t" / "a" / "progress.csv").write_text("kept")
+    assert stubs.run() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("skipped, for it is done: ") and "results/t/a\n" in out and "done: t/b" in out
+    assert stubs.said("a") == "kept"
+    assert stubs.run("--again") == 0
+    assert stubs.said("a") == "ok" and "2 done, 0 failed" in capsys.readouterr().out
+
+
+def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path):
+    stubs(a=("source", []), b=("ok", ["a"]), c=("ok", []))
+    for name in ("a", "c"):  # as in a fresh clone: results/ has them, runs/ is empty
+        (tmp_path / "results" / "t" / name).mkdir(parents=True)
+        (tmp_path / "results" / "t" / name / "progress.csv").write_text("kept")
+    assert stubs.run("--jobs", "2") == 0
+    assert [stubs.said(name) for name in "abc"] == ["source", "ok", "kept"]
+
+
+def test_interrupted_goes_on(stubs, tmp_path):
+    stubs(a=("slow", []))
+    program = (f"import sys; sys.path.insert(0, {str(reproduce.ROOT)!r})\n"
+               "from experiments import reproduce\n"
+               f"job = lambda b: [reproduce.Job('t', 'a', {str(tmp_path / 'stub.py')!r}, (b.runs + '/t/a', 'slow'), "
+               "b.results + '/t/a/progress.csv', (), None)]\n"
+               f"reproduce.TOPICS['t'] = job; sys.exit(reproduce.main(['t', '--out', {str(tmp_path)!r}]))")
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "runs" / "t" / "a" / "checkpoint.pt").exists())
+    assert stubs.run() == 1  # another process is at it
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in process.communicate()[0] and process.returncode == 130
+    assert stubs.run() == 0 and stubs.said("a") == "resumed"
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it took too long"
+        time.sleep(0.2)
+
+
+def test_one_figure_quickly(tmp_path):
+    """Figure 4's shape: a source, what learns from its D_S, and what goes on online from a copy of that."""
+    flags = ["fig4", "--budget", "quick", "--out", str(tmp_path), "--jobs", "2", "--only", "*wombet*", "*bc*"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = tmp_path / "results"
+    assert {path.name for path in (kept / "fig2" / "Hopper-v4__wombet__0").iterdir()} == {
+        "config.json", "progress.csv", "model_error.csv"}
+    with open(kept / "fig4" / "Hopper-v4__bc__0" / "progress.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["phase"] for row in rows} == {"offline", "target"} and rows[-1]["env_steps"] == "200"
+    with open(kept / "fig3" / "Hopper-v4__bc__0" / "progress.csv") as file:
+        assert rows[0] == next(csv.DictReader(file))  # fig3's run is the beginning, and stays as it was
+
+
+# --------------------------------------------------------------------------------------------------------------- Slurm
+
+
+def test_slurm_gets_one_array_a_stage(tmp_path, monkeypatch, capsys):
+    """A stub in sbatch's place keeps what it is given."""
+    stub = tmp_path / "bin" / "sbatch"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\nn=$(ls {tmp_path}/bin | wc -l)\necho "$@" > {tmp_path}/bin/args$n\n'
+                    f'cat > {tmp_path}/bin/script$n\necho "$n;cluster"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
+    assert reproduce.main(["control", "--budget", "quick", "--out", str(tmp_path / "out"), "--slurm",
+                           "--slurm-args=--time=1:00:00 --partition='big one'"]) == 0
+    first, second = (shlex.split((tmp_path / "bin" / name).read_text()) for name in ("args1", "args3"))
+    assert "--array=0-1" in first and not any("dependency" in flag for flag in first) and "--time=1:00:00" in first
+    assert "--array=0-0" in second and "--dependency=afterany:1" in second
+    script = (tmp_path / "bin" / "script3").read_text()
+    assert "names=(control/Hopper-v4__control__0)" in script and "--budget quick" in script
+    assert "job array 1: 2 runs" in capsys.readouterr().out
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert reproduce.main(["control", "--slurm", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("reproduce.py: --slurm: there is no sbatch on PATH")
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm of one node, this machine, with munge; it ends with the test."""
+    for program in ("munged", "slurmctld", "slurmd", "sbatch", "squeue"):
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
+            pytest.skip(f"{program} is not installed (Debian: slurm-wlm, munge)")
+    if os.getuid():
+        pytest.skip("slurmd wants to be root")
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
+    place, host = tmp_path / "slurm", socket.gethostname().split(".")[0]
+    place.mkdir(mode=0o755)
+    (place / "key").write_bytes(os.urandom(128))
+    (place / "key").chmod(0o600)
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    (place / "slurm.conf").write_text(f"""ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={getpass.getuser()}
+SlurmdUser=root
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={place}/munge
+CredType=cred/munge
+StateSaveLocation={place}
+SlurmdSpoolDir={place}
+SlurmctldPidFile={place}/slurmctld.pid
+SlurmdPidFile={place}/slurmd.pid
+SlurmctldLogFile={place}/slurmctld.log
+SlurmdLogFile={place}/slurmd.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2
+PartitionName=main Nodes=ALL Default=YES State=UP
+""")
+    monkeypatch.setenv("SLURM_CONF", str(place / "slurm.conf"))
+    daemons = [["munged", "--foreground", "--force", f"--socket={place}/munge", f"--key-file={place}/key",
+                f"--pid-file={place}/munged.pid", f"--log-file={place}/munged.log", f"--seed-file={place}/seed"],
+               ["slurmctld", "-D"], ["slurmd", "-D"]]
+    with open(place / "daemons.log", "w") as log:
+        processes = [subprocess.Popen(daemon, stdout=log, stderr=log) for daemon in daemons]
+    try:
+        wait_for(lambda: "idle" in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout)
+        yield place
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait()
+
+
+def test_a_real_slurm(slurm, tmp_path):
+    out = tmp_path / "out"
+    flags = ["control", "--budget", "quick", "--out", str(out), "--only", "*wombet*", "*control__*", "--slurm",
+             "--slurm-args=--time=30"]
+    sent = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert sent.stdout.count("job array") == 2
+    wait_for(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout, 600)
+    logs = sorted((out / "runs" / "slurm").iterdir())
+    said = "\n".join(log.read_text() for log in logs)
+    assert len(logs) == 2 and said.count("done: ") == 2, said  # a log per task
+    for folder in ("fig2/Hopper-v4__wombet__0", "control/Hopper-v4__control__0"):
+        assert (out / "results" / folder / "progress.csv").exists(), said
