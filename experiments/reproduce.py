@@ -31,11 +31,11 @@ PAIR = ("HalfCheetah-v4", "Walker2d-v4")
 # envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds.
 # source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
 # than half". offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long.
-# wombet, baseline, learner, cql, bound: flags of WOMBET's runs, of every baseline, of those that start with random
-# steps, of CQL and COMBO, of bound.py.
+# wombet, baseline, learner, ppo, cql, bound: flags of WOMBET's runs, of every baseline, of those that start with random
+# steps, of PPO, of CQL and COMBO, of bound.py.
 CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,
            offline=20_000, slow_offline=10_000, wombet=(), baseline=("--eval-every", 2500), learner=(),
-           cql=("--cql-actions", 4), bound=())
+           ppo=(), cql=("--cql-actions", 4), bound=())
 BUDGETS = {
     "cpu": CPU,
     "paper": {**CPU, "envs": (*NEAR_FOUR, "Ant-v4", "Swimmer-v4"), "few": range(5), "offline": 100_000,
@@ -47,7 +47,8 @@ BUDGETS = {
                                     "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
                                     "--imagined-length 15 --return-percentile 30"),
               "baseline": shlex.split("--fast off --eval-every 50 --eval-episodes 2 --checkpoint-every 50 --hidden 64"),
-              "learner": ("--random-steps", 100), "bound": shlex.split("--episodes 2 --length 20")}}
+              "learner": ("--random-steps", 100), "ppo": ("--rollout-steps", 128),
+              "bound": shlex.split("--episodes 2 --length 20")}}
 
 # folder: of the run below runs/<topic>/ and results/<topic>/. flags: of the command, with everything. result: the file
 # that says that it is done. needs: files of other runs without which it cannot start. base: a finished run, a copy of
@@ -109,7 +110,7 @@ def fig2(b):
         yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.many)
         # TD3's published runs begin to learn then (the paper's appendix C), not at CleanRL's 25,000 steps
         start = 10_000 if env in ("HalfCheetah-v4", "Ant-v4") else 1_000
-        more = {"sac": b.learner, "td3": ("--random-steps", start, *b.learner), "ppo": ()}
+        more = {"sac": b.learner, "td3": ("--random-steps", start, *b.learner), "ppo": b.ppo}
         for name, flags in more.items():
             yield from (new_job(b, "fig2", f"baselines/{name}.py", env, name, seed, "--target-steps", b.online,
                                 *b.baseline, *flags) for seed in b.few)

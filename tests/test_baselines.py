@@ -578,7 +578,6 @@ BAD = {"no dataset": ["bc", "--dataset", ""], "missing file": ["iql", "--dataset
 NAMED = {"sac never learns": (["sac", "--random-steps", "100"], "--random-steps 100", "--target-steps 100"),
          "td3 never learns": (["td3", "--random-steps", "5000"], "--random-steps 5000", "--target-steps 100"),
          "ppo never fills a batch": (["ppo", "--rollout-steps", "101"], "--rollout-steps 101", "--target-steps 100"),
-         "the clone never goes on": (["bc", "--critic-steps", "50"], "--critic-steps 50", "--online-steps 50"),
          "unknown source, not used": (["iql", "--source", "foo"], "'foo'", "near, backward, stand"),
          "source, not used": (["iql", "--source", "backward"], "--source backward", "--source-rewards"),
          "quantity, not used": (["cql", "--source-speed-cap", "2"], "--source-speed-cap 2", "--source-rewards")}
