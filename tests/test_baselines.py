@@ -531,6 +531,16 @@ def test_a_saved_replay_buffer_is_a_dataset(tmp_path):
     assert run("bc", tmp_path, folder / "dataset.npz", "--online-steps", "0", name="b")[0] == 0
 
 
+@pytest.mark.parametrize("method", ["sac", "cql", "mopo", "combo"])
+def test_fast_reaches_networks_and_model(method):
+    program = importlib.import_module(method)
+    args = program.build_parser().parse_args(["--device", "cpu"])
+    args.speed = {"compile": False, "dtype": "bfloat16"}
+    agent = program.make_agent(args, TaskEnv("Hopper-v4"))
+    assert agent.dtype == agent.critic.dtype == torch.bfloat16
+    assert method in ("sac", "cql") or agent.imagination.model.inference_dtype == torch.bfloat16
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.parametrize("method", [DelayedSAC, CQL])
 def test_compiled_gradients_are_the_same(method):
