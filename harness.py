@@ -114,9 +114,10 @@ def new_parser(doc, name, source=True):
     g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; auto: "
                    "what this machine has, in runs that are long enough to gain by it")
     g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
-    g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags (budgets, "
-                   "learning rates, intervals, device and threads may be given anew)")
-    g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its return")
+    g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags "
+                   "(budgets, learning rates, intervals, device and threads may be given anew)")
+    g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its "
+                   "return")
     g.add_argument("--gif", type=some_path, metavar="FILE", help="with --evaluate: draw the first episode")
 
     g = parser.add_argument_group("budget")
@@ -275,11 +276,14 @@ def require_memory(args, env, **rows):
         steps = {"rollout_steps": f["rollout_steps"]}
     numbers = {name: row * n for name, n in {**steps, **rows}.items()}
     model = "members, model_hidden, model_layers"
+    rollouts = [f.get(f"rollout_{name}", 0) for name in ("batch", "length", "retain")]
+    numbers["rollout_batch, rollout_length, rollout_retain"] = row * math.prod(rollouts)
     plans = f["imagined_trajectories"] * (f["population"] + f["policy_samples"])
     numbers.update({
         "critics, hidden, layers": 5 * f["critics"] * net(f["hidden"], f["layers"]),  # target, gradient, Adam's two
         model: 4 * f["members"] * net(f["model_hidden"], f["model_layers"]),
-        "batch_size, utd, critics, hidden, layers": f["batch_size"] * (f["utd"] * row + 3 * f["critics"] * f["layers"] * f["hidden"]),
+        "batch_size, utd, critics, hidden, layers": f["batch_size"] * (
+            f["utd"] * row + 3 * f["critics"] * f["layers"] * f["hidden"]),
         f"model_batch_size, {model}": 3 * f["model_batch_size"] * f["members"] * f["model_layers"] * f["model_hidden"],
         f"imagined_trajectories, population, policy_samples, {model}": plans * 2 * f["members"] * f["model_hidden"],
         "eval_episodes": f["eval_episodes"] * 2**18})  # an environment takes about 1 MiB
@@ -578,7 +582,7 @@ def open_streams():
     file that the run opens takes its place."""
     for number in range(3):
         try:
-            os.fstat(number)
+            os.set_inheritable(number, True)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
     for name in ("stdout", "stderr"):

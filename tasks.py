@@ -6,13 +6,33 @@ are batched torch functions, so the world model, the planner, the relabelling an
 What a reward needs and the observation lacks (the x-velocity, as the environment computes it: delta x / dt) is a
 *feature*; the world model predicts features beside the next observation, so one model serves every reward.
 
-To add an environment: write a class like `Pusher` below and name it in `TASKS` (the README shows a whole one).
+To add an environment, write a class and name it in `TASKS`; then `python wombet.py --env InvertedPendulum-v5` works:
+
+    class InvertedPendulum:
+        # balance: 1 per step while the pole's angle is within 0.2 rad; the near source charges for the cart's place
+        SOURCES = ("near",)  # the source tasks it has
+        FEATURES = ()  # keys of the environment's info that the reward needs and the observation lacks
+        env_kwargs = {}  # for gymnasium.make; may depend on the source (a wider reset noise, say)
+
+        def __init__(self, name, version, source=None):
+            self.place_cost = 0.1 if source == "near" else 0.0
+
+        def reward(self, obs, action, next_obs, features):  # actions in [-1, 1]; any leading dimensions
+            return (~self.terminated(next_obs)).to(obs.dtype) - self.place_cost * next_obs[..., 0].square()
+
+        def terminated(self, next_obs):
+            return next_obs[..., 1].abs() > 0.2
+
+Check it as `tests/test_tasks.py` does: reward and termination against the environment's own, step by step. v4 and v5
+differ in observations and rewards: never mix their numbers.
 """
 
 import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import gymnasium as gym
 import mujoco
@@ -45,6 +65,19 @@ def _humanoid_healthy(next_obs):
     return (z > 1.0) & (z < 2.0)
 
 
+class Stock(NamedTuple):
+    """A stock locomotion task, and what its near source changes."""
+
+    ctrl_cost: float  # per squared raw action
+    reset_noise: float  # half width of the noise on initial positions
+    bonus: float = 0.0  # per step while healthy
+    healthy: Callable = _all_healthy  # next_obs (..., d) -> (...) bool
+    forward_weight: float = 1.0
+    action_scale: float = 1.0  # half width of the raw action range
+    speed_cap: float = 1.0  # m/s, of the near source
+    ctrl_cost_factor: float = 1.0  # of the near source
+
+
 class Locomotion:
     """Move along x and stay healthy: w f(v_x) + healthy bonus - c |a|^2 - contact cost.
 
@@ -62,30 +95,29 @@ class Locomotion:
 
     SOURCES = ("near", "backward", "stand")
     FEATURES = ("x_velocity",)  # keys of the environment's info
-    # name: forward weight, control cost, half width of the raw action range, healthy bonus, healthy rule,
-    # stock reset noise, then the near source's speed cap (m/s) and factor on the control cost
     STOCK = {
-        "HalfCheetah": (1.0, 0.1, 1.0, 0.0, _all_healthy, 0.1, 3.0, 1.0),
-        "Hopper": (1.0, 1e-3, 1.0, 1.0, _hopper_healthy, 5e-3, 1.0, 1.0),
-        "Walker2d": (1.0, 1e-3, 1.0, 1.0, _walker_healthy, 5e-3, 1.0, 1.0),
-        "Ant": (1.0, 0.5, 1.0, 1.0, _ant_healthy, 0.1, 1.0, 1.0),
-        "Swimmer": (1.0, 1e-4, 1.0, 0.0, _all_healthy, 0.1, float("inf"), 100.0),
-        "Humanoid": (1.25, 0.1, 0.4, 5.0, _humanoid_healthy, 1e-2, 1.0, 1.0),
+        "HalfCheetah": Stock(ctrl_cost=0.1, reset_noise=0.1, speed_cap=3.0),
+        "Hopper": Stock(ctrl_cost=1e-3, reset_noise=5e-3, bonus=1.0, healthy=_hopper_healthy),
+        "Walker2d": Stock(ctrl_cost=1e-3, reset_noise=5e-3, bonus=1.0, healthy=_walker_healthy),
+        "Ant": Stock(ctrl_cost=0.5, reset_noise=0.1, bonus=1.0, healthy=_ant_healthy),
+        "Swimmer": Stock(ctrl_cost=1e-4, reset_noise=0.1, speed_cap=float("inf"), ctrl_cost_factor=100.0),
+        "Humanoid": Stock(ctrl_cost=0.1, reset_noise=1e-2, bonus=5.0, healthy=_humanoid_healthy, forward_weight=1.25,
+                          action_scale=0.4),
     }
     # v5 only: number of contact forces in the observation, weight, clip of one force, cap of the whole cost
     CONTACT = {"Ant": (78, 5e-4, 1.0, float("inf")), "Humanoid": (78, 5e-7, float("inf"), 10.0)}
 
     def __init__(self, name, version, source=None, speed_cap=None, ctrl_cost_factor=None, reset_noise_factor=2.0):
-        self.forward_weight, cost, self.action_scale, self.bonus, self.healthy, noise, cap, factor = self.STOCK[name]
-        self.version, self.source = version, source
+        stock, self.version, self.source = self.STOCK[name], version, source
+        self.forward_weight, self.action_scale = stock.forward_weight, stock.action_scale
+        self.bonus, self.healthy = stock.bonus, stock.healthy
         self.contact = self.CONTACT.get(name) if version >= 5 else None
-        if source != "near":
-            cap, factor = float("inf"), 1.0
+        cap, factor = (stock.speed_cap, stock.ctrl_cost_factor) if source == "near" else (float("inf"), 1.0)
         self.speed_cap = speed_cap if source == "near" and speed_cap is not None else cap
         if source and ctrl_cost_factor is not None:
             factor = ctrl_cost_factor
-        self.ctrl_cost = cost * factor * self.action_scale**2  # on actions in [-1, 1]
-        noise = noise * (reset_noise_factor if source else 1.0)
+        self.ctrl_cost = stock.ctrl_cost * factor * self.action_scale**2  # on actions in [-1, 1]
+        noise = stock.reset_noise * (reset_noise_factor if source else 1.0)
         self.env_kwargs = {"reset_noise_scale": noise, "camera_name": "track"}  # the camera is for --gif alone
 
     def reward(self, obs, action, next_obs, features):
@@ -170,7 +202,7 @@ def make_task(env_id, source=None, **quantities):
     name, _, version = env_id.rpartition("-v")
     if name not in TASKS or not version.isdecimal() or version != str(int(version)):
         raise ValueError(f"unknown environment {env_id!r}: known are {', '.join(TASKS)}, each -v4 or -v5; to add "
-                         "one, write its class in tasks.py and name it in TASKS (README, 'Your own environment')")
+                         "one, write its class in tasks.py and name it in TASKS (its docstring shows one)")
     task_class = TASKS[name]
     if source is not None and source not in task_class.SOURCES:
         raise ValueError(f"unknown source task {source!r}: {env_id} has {', '.join(task_class.SOURCES)}")

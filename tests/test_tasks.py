@@ -1,6 +1,7 @@
 """Tasks: rewards and terminations against the environments' own, initial states, exact resumption, errors."""
 
 import copy
+import textwrap
 
 import gymnasium as gym
 import numpy as np
@@ -247,3 +248,25 @@ def test_errors_are_one_line(monkeypatch, args, quantities, words):
     with pytest.raises(ValueError) as caught:
         TaskEnv(*args, **quantities)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
+
+
+def test_the_docstrings_own_environment(monkeypatch):
+    """The class that tasks.py shows is the stock InvertedPendulum, step by step."""
+    code = tasks.__doc__.split("works:\n\n")[1].split("\nCheck it")[0]
+    names = {}
+    exec(textwrap.dedent(code), names)
+    monkeypatch.setitem(tasks.TASKS, "InvertedPendulum", names["InvertedPendulum"])
+    env, rng, ended = TaskEnv("InvertedPendulum-v5"), np.random.default_rng(0), False
+    stock = gym.make("InvertedPendulum-v5")
+    stock.reset(seed=3)
+    env.reset()
+    env.env.unwrapped.set_state(stock.unwrapped.data.qpos, stock.unwrapped.data.qvel)
+    for _ in range(100):
+        action = rng.uniform(-1, 1, 1).astype(np.float32)
+        _, reward, terminated, _, _ = stock.step(3 * action)
+        _, ours, ends, _, _ = env.step(action)
+        assert (ours, ends) == (reward, terminated)
+        if terminated:
+            ended = True
+            break
+    assert ended and TaskEnv("InvertedPendulum-v5", "near").task.place_cost == 0.1

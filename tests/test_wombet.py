@@ -378,7 +378,7 @@ def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
     folder = shutil.copytree(base, tmp_path / base.name)
     state = torch.load(folder / "source.pt", weights_only=True)
     del state["source"]["agent"]["average_actor"]
-    torch.save(state, folder / "source.pt")
+    wombet.save(folder / "source.pt", state)
     assert run(tmp_path, "--source-run", folder, name="later")[0] == 2
     assert "does not fit this version: 'average_actor'" in capsys.readouterr().err
 
