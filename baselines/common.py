@@ -99,7 +99,6 @@ def check_online(args):
 def check_offline(args):
     require(args.dataset or args.evaluate, "--dataset FILE.npz is required")
     require(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
-    TaskEnv(args.env, args.source, **source_quantities(args))  # ValueError where there is none such, used or not
     unused = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
               if key.startswith("source") and key != "source_rewards" and value not in (None, "near")]
     require(args.source_rewards or not unused, f"{', '.join(unused)}: of use with --source-rewards alone")
