@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -548,12 +550,15 @@ def test_two_processes_in_one_folder(runs, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     child = os.fork()
     if child == 0:
-        args.resume = str(folder)
-        with claimed(args):
-            (tmp_path / "held").write_text("")
-            signal.pause()
-    while not (tmp_path / "held").exists():
-        pass
+        try:
+            args.resume = str(folder)
+            with claimed(args):
+                (tmp_path / "held").write_text("")
+                signal.pause()
+        finally:
+            os._exit(1)
+    for _ in range(100):
+        time.sleep(0.0 if (tmp_path / "held").exists() else 0.05)
     refuses(capsys, "sac", ["another process", str(folder)], "--resume", folder, "--target-steps", "41")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -665,8 +670,6 @@ SHELL = "cd {root} && {python} baselines/sac.py {flags} --name {name} {rest}; ec
 
 @pytest.mark.parametrize("rest", ["| head -1", ">&-"])
 def test_stdout_of_a_real_process(tmp_path, rest):
-    import subprocess
-
     flags = " ".join(["--out", str(tmp_path), *COMMON, *TINY["sac"]])
     line = SHELL.format(root=Path(harness.__file__).parent, python=sys.executable, flags=flags, name="a", rest=rest)
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
