@@ -518,7 +518,7 @@ def train(args):
         run.phase = "pretrain"
     if run.phase == "pretrain":
         save(run.dir / "checkpoint.pt", state_dict(run))
-        for _ in range(math.ceil(args.pretrain_updates / args.utd)):
+        while run.target.updates < args.pretrain_updates:
             stop_if_interrupted(run, state_dict)
             update(run, run.target, run.offline_data)
         run.phase = "target"
