@@ -478,14 +478,12 @@ def must_match(state, template, where="it"):
 
 def load_agent(agent, state):
     """Loads an agent's state; its learning rates stay those of the flags, which may have been given anew."""
-    groups = [group for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)
-              for group in part.param_groups]
-    rates = [group["lr"] for group in groups]
+    optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     agent.load_state_dict(state)
-    groups = [group for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)
-              for group in part.param_groups]
-    for group, rate in zip(groups, rates):
-        group["lr"] = rate
+    for optimizer, kept in zip(optimizers, rates):
+        for group, rate in zip(optimizer.param_groups, kept):
+            group["lr"] = rate
 
 
 def not_below(flag, value, done):
@@ -576,7 +574,9 @@ def say(text, end="\n", error=False):
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
         with contextlib.suppress(Exception):  # what is left in its buffer goes nowhere too, at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            number, nowhere = stream.fileno(), open(os.devnull, "w")
+            os.dup2(nowhere.fileno(), number)
+            nowhere.close()
 
 
 def on_terminal():
