@@ -95,7 +95,6 @@ def build_parser():
     g.add_argument("--init-std", type=positive, default=0.3, help="std of the first iteration, actions in [-1, 1]")
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
     g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates")
-    g.add_argument("--execute", default="mean", choices=("mean", "best"), help="plan executed: elites' mean or best")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
     g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
                    "moves a candidate, or each member does and returns are averaged")
@@ -243,7 +242,7 @@ def planner(run):
                horizon=args.horizon, population=args.population, elites=args.elites, iterations=args.iterations,
                momentum=args.momentum, init_std=args.init_std, noise_beta=args.noise_beta,
                keep_elites=args.keep_elites, discount=args.discount, penalty_coef=args.plan_penalty_coef,
-               execute=args.execute, execute_steps=args.replan_every, particles=args.members if members else 1,
+               execute_steps=args.replan_every, particles=args.members if members else 1,
                policy=source.agent.propose if args.guide else None, policy_samples=args.policy_samples,
                value=source.agent.value if args.guide else None)
 
@@ -439,17 +438,14 @@ def fit(run, epochs):
 # ---------------------------------------------------------------------------------------------------------- imagination
 
 
+def imagine_round(run):
+    """One round in the target task: by MPC, as the first D_S, or by the present agent."""
+    generate(run) if run.args.imagine_with == "mpc" else imagine_policy(run)
+
+
 def imagines(run):
     """Whether there is a model and a use for what it imagines."""
     return run.model is not None and run.mix.fixed != 0
-
-
-def imagine_round(run):
-    """One round in the target task: by the policy, or as the first D_S."""
-    if run.args.imagine_with == "mpc":
-        generate(run)
-    else:
-        imagine_policy(run)
 
 
 def trust_limit(run):
@@ -474,7 +470,7 @@ def imagine_policy(run):
         starts.append(target.buffer.sample(n_new, first=run.pooled)["obs"])
     trajectories = imagine(run.model.step, target.env.task.terminated, target.agent.act, torch.cat(starts),
                            args.rollout_length, trust_limit(run))
-    append(run, trajectories, trajectories["valid"][:, 0])
+    run.offline_data.add(**to_transitions(trajectories, trajectories["valid"][:, 0], target.env.task.reward))
 
 
 def generate(run):
@@ -493,7 +489,7 @@ def generate(run):
         run.log.note(f"D_S     {error}")  # a later round that adds nothing leaves D_S as it is
         passed = torch.zeros_like(returns, dtype=torch.bool)
     run.acceptance = passed.float().mean().item()
-    append(run, trajectories, passed)
+    run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
     run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, "
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
@@ -539,11 +535,6 @@ def score(run, trajectories):
     rewards = run.source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
     return score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"], trajectories["terminated"],
                               run.args.discount)
-
-
-def append(run, trajectories, passed):
-    """Relabels what has passed with r_T; D_S keeps the newest."""
-    run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
 
 
 def refresh_uncertainty(run):

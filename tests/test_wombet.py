@@ -219,7 +219,7 @@ TARGET_FLAGS = {
     "new agent": ["--no-warm-start"], "without real source data": ["--no-keep-source-data"],
     "D_S from the environment": ["--generate-in", "env"], "members": ["--expectation", "members"],
     "pretrain": ["--pretrain-updates", "10"],
-    "best": ["--execute", "best"], "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
+    "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
     "actor on min": ["--actor-q", "min"], "no average": ["--actor-average", "1"],
     "no entropy": ["--no-backup-entropy"], "no entropy for the actor": ["--no-actor-entropy"],
     "M < N": ["--min-critics", "1"], "other rollouts": ["--rollouts", "20", "--rollout-length", "2"],
