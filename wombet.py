@@ -315,6 +315,8 @@ def reuse_source(run, source_run):
     with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
+        held_out = [run.source.buffer.filled()[key][10::20] for key in ("obs", "action", "next_obs", "features")]
+        run.model.calibrate(*held_out)  # the other run's u may be of another kind, or not scaled
         run.holdout_mse, run.phase = state["holdout_mse"], "generate"
         load_log_and_generators(run, state)
 

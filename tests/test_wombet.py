@@ -258,6 +258,15 @@ def test_uncertainty_flags(base, tmp_path, flags):
     assert code == 0 and rows(folder)[4:] != rows(base)[4:]
 
 
+@pytest.mark.parametrize("kind, coverage", [("std", 0.95), ("std", 0.0), ("max-distance", 0.95), ("variance", 0.5)])
+def test_a_shared_source_phase_is_calibrated_anew(base, tmp_path, kind, coverage):
+    """The model of another run has the scale of that run's u; with the same flags it stays as it is."""
+    _, folder = run(tmp_path, "--source-run", base, "--uncertainty", kind, "--coverage", coverage, "--refit-every", "0")
+    scale = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]["scale"].item()
+    shared = torch.load(base / "source.pt", weights_only=True)["model"]["scale"].item()
+    assert (scale == 1) == (coverage == 0) and (scale == shared) == (kind == "std" and coverage == 0.95)
+
+
 STOP = KeyError("seen enough")
 
 
