@@ -47,8 +47,8 @@ class MPC:
         keep_elites: share of the elites that stay candidates in the next iteration; the best one always does.
         discount: gamma. penalty_coef: lambda, in reward per unit of u.
         execute_steps: actions of a plan, the elites' mean, executed before replanning.
-        particles: copies of a candidate, rows in a row for the model (`WorldModel.member_step`), over which its return is
-            averaged: eq. 1's expectation over the ensemble. Deviation: the default is 1, the ensemble's mean.
+        particles: copies of a candidate, consecutive rows for the model (`WorldModel.member_step`), over which its
+            return is averaged: eq. 1's expectation over the ensemble. Deviation: the default is 1, the ensemble's mean.
         policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
             horizon. None of them: plain CEM.
     """
