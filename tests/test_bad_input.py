@@ -544,9 +544,10 @@ def test_two_processes_in_one_folder(runs, tmp_path, capsys):
     """The second is refused, new or resumed; a dead one's hold is gone."""
     pytest.importorskip("fcntl")
     folder = Path(shutil.copytree(runs["sac"], tmp_path / "Hopper-v4__a__0"))
-    args = wombet.parse_args(["--out", str(tmp_path / "new")])
+    flags = ["--out", str(tmp_path / "new"), *COMMON, *TINY["wombet"]]
+    args = wombet.parse_args(flags)
     with claimed(args):
-        refuses(capsys, "wombet", ["another process", str(run_folder(args))], "--out", tmp_path / "new")
+        refuses(capsys, "wombet", ["another process", str(run_folder(args))], *flags)
     assert not (tmp_path / "new").exists()
     child = os.fork()
     if child == 0:
