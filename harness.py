@@ -84,46 +84,54 @@ def usable_cpus():
 SWITCH = {"action": argparse.BooleanOptionalAction}
 
 
+class Help(argparse.HelpFormatter):
+    """Appends a flag's default where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if any(action.default is x for x in (None, False, argparse.SUPPRESS)) else f"{action.help} (%(default)s)"
+
+
 def new_parser(doc, name, source=True):
-    """A parser with the flags that every program has (source: those of the source task too), and its budget group."""
+    """A parser with the flags that every program has (source: those of the source task too), and the group of those
+    that matter most."""
     def error(message):  # argparse's own prints the usage, two pages of it
         raise ValueError(message)
 
-    wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=48, width=128)
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=wide)
+    wide = functools.partial(Help, max_help_position=40, width=118)
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=wide, usage="%(prog)s [flags]")
     parser.error = error
 
-    g = parser.add_argument_group("task")
+    first = g = parser.add_argument_group("what matters most")
     g.add_argument("--env", default="Walker2d-v4", help="target: a stock Gymnasium MuJoCo environment")
     if source:
         g.add_argument("--source", default="near", help="source task: near, or (locomotion) backward or stand")
-        g.add_argument("--source-speed-cap", type=real, help="m/s that near pays up to (HalfCheetah: 3, others: 1)")
-        g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
-        g.add_argument("--source-goal-shift", type=real, help="the goal's shift, m (Pusher .15, Reacher .05)")
-        g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
-
-    g.add_argument("--episode-steps", type=count, help="time limit of an episode (default: the environment's own)")
-
-    g = parser.add_argument_group("run")
     g.add_argument("--seed", type=amount, default=0, help="of networks, exploration and initial states")
     g.add_argument("--name", type=label, default=name, help="second part of the run folder's name; plots group by it")
     g.add_argument("--out", type=some_path, default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
-    g.add_argument("--threads", type=count, default=1, help=f"CPU threads, at most {usable_cpus()} here; more than one "
-                   "gain little, and lose on a busy machine")
     g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; auto: "
                    "what this machine has, in runs that are long enough to gain by it")
-    g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
     g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags "
                    "(budgets, learning rates, intervals, device and threads may be given anew)")
     g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its "
                    "return")
     g.add_argument("--gif", type=some_path, metavar="FILE", help="with --evaluate: draw the first episode")
 
-    g = parser.add_argument_group("budget")
+    g = parser.add_argument_group("run")
     g.add_argument("--eval-every", type=count, default=2500, help="environment steps between evaluations")
     g.add_argument("--eval-episodes", type=count, default=10, help="episodes in an evaluation (deterministic policy)")
-    return parser, g
+    g.add_argument("--checkpoint-every", type=count, default=5000, help="environment steps between checkpoints")
+    g.add_argument("--threads", type=count, default=1, help=f"CPU threads, at most {usable_cpus()} here; more than one "
+                   "gain little, and lose on a busy machine")
+    g.add_argument("--episode-steps", type=count, help="time limit of an episode, in place of the environment's own")
+
+    if source:
+        g = parser.add_argument_group("source task (in place of the environment's own values)")
+        g.add_argument("--source-speed-cap", type=real, help="m/s that near pays up to (HalfCheetah: 3, others: 1)")
+        g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
+        g.add_argument("--source-goal-shift", type=real, help="the goal's shift, m (Pusher .15, Reacher .05)")
+        g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
+    return parser, first
 
 
 def source_quantities(args):
@@ -470,14 +478,12 @@ def must_match(state, template, where="it"):
 
 def load_agent(agent, state):
     """Loads an agent's state; its learning rates stay those of the flags, which may have been given anew."""
-    groups = [group for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)
-              for group in part.param_groups]
-    rates = [group["lr"] for group in groups]
+    optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     agent.load_state_dict(state)
-    groups = [group for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)
-              for group in part.param_groups]
-    for group, rate in zip(groups, rates):
-        group["lr"] = rate
+    for optimizer, kept in zip(optimizers, rates):
+        for group, rate in zip(optimizer.param_groups, kept):
+            group["lr"] = rate
 
 
 def not_below(flag, value, done):
@@ -568,7 +574,9 @@ def say(text, end="\n", error=False):
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
         with contextlib.suppress(Exception):  # what is left in its buffer goes nowhere too, at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            number, nowhere = stream.fileno(), open(os.devnull, "w")
+            os.dup2(nowhere.fileno(), number)
+            nowhere.close()
 
 
 def on_terminal():

@@ -25,6 +25,7 @@ from unittest import mock
 import gymnasium as gym
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import wombet  # noqa: E402
 from agent import SAC, mixed_batch  # noqa: E402
-from harness import count, keep_freed_memory  # noqa: E402
+from harness import count, keep_freed_memory, require  # noqa: E402
 from mpc import MPC, imagine  # noqa: E402
 from world_model import WorldModel  # noqa: E402
 
@@ -253,18 +254,16 @@ def table(report):
     """The report's lines."""
     yield "{processor}, {device}, {threads} thread(s), torch {torch}, {speed}".format(**report["machine"])
     yield f"peak of float32 matrix products: {report['peak_gflop_per_s']:.0f} GFLOP/s\n"
-    yield f"  {'work':45}{'by':18}{'ms':>9}  {'min..max':19}{'x ours':>6}{'GFLOP/s':>9}{'of peak':>9}"
+    yield f"  {'work':45}{'by':24}{'ms':>9}  {'min..max':19}{'x ours':>6}{'GFLOP/s':>9}{'of peak':>9}"
     for r in report["rows"]:
         rate, spread = 1e3 * r["gflop"] / r["ms"], f"{r['ms_low']:.2f}..{r['ms_high']:.2f}"
-        yield (f"{r['row']:<2}{r['work']!s:45}{r['by']:18}{r['ms']:9.2f}  {spread:19}{r['times_ours']:6.2f}{rate:9.1f}"
-               f"{rate / report['peak_gflop_per_s']:9.0%}")
+        yield (f"{r['row'] + ' ' + str(r['work']):47}{r['by']:24}{r['ms']:9.2f}  {spread:19}{r['times_ours']:6.2f}"
+               f"{rate:9.1f}{rate / report['peak_gflop_per_s']:9.0%}")
     yield from (f"skipped: {line}" for line in report["skipped"])
 
 
 def write_scaling(results, folder):
     """scaling.csv and figures/scaling.png: median time over each quantity, with the proportional line."""
-    from matplotlib.figure import Figure
-
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     with open(folder / "scaling.csv", "w", newline="") as file:
         csv.writer(file).writerows([["quantity", "value", "work", "ms_median", "ms_min", "ms_max"], *(
@@ -280,6 +279,13 @@ def write_scaling(results, folder):
     figure.savefig(folder / "figures" / "scaling.png", dpi=150)
 
 
+def processor():
+    """The CPU's name, where the system tells it, and the instructions that torch uses."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return ", ".join([*names[:1], torch.backends.cpu.get_cpu_capability()])
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=list("abcde"), choices=list("abcde"), metavar="ROW",
@@ -287,20 +293,14 @@ def parse_args(argv):
     parser.add_argument("--json", type=Path, metavar="FILE", help="the table, with every measurement")
     parser.add_argument("--threads", type=count, default=1, help="CPU threads and cores (default: 1)")
     parser.add_argument("--repetitions", type=count, default=7, help="measurements of each work (default: 7)")
-    parser.add_argument("--flags", default="", metavar="'FLAGS'", help="of wombet.py, for the rows called default; its "
-                        "--fast and --device are for all rows: --flags='--fast off'")
+    parser.add_argument("--flags", default="", metavar="'FLAGS'", help="of wombet.py; --fast, --device: of all rows")
     parser.add_argument("--peers", action="store_true", help="also what is installed of stable_baselines3, sbx, mbrl")
     parser.add_argument("--scaling", nargs="?", type=Path, const=ROOT / "results", metavar="FOLDER",
                         help="instead: how time grows with sizes (default folder: results)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it works, not how fast")
-
-    def error(message):
-        raise ValueError(message)
-
-    parser.error = error
+    parser.error = functools.partial(require, False)
     args = parser.parse_args(argv)
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: its folder does not exist")
+    require(not args.json or args.json.resolve().parent.is_dir(), f"--json {args.json}: its folder does not exist")
     return args
 
 
@@ -323,7 +323,7 @@ def benchmark(args):
             except ImportError as error:
                 skipped.append(f"{by}, row {row}: {error}")
     results = measure(works, o)
-    machine = {"processor": torch.backends.cpu.get_cpu_capability(), "cpus": os.cpu_count(), "device": o.device,
+    machine = {"processor": processor(), "cpus": os.cpu_count(), "device": o.device,
                "threads": o.threads, "speed": o.speed, "torch": torch.__version__}
     return {"machine": machine, "command": shlex.join(sys.argv), "peak_gflop_per_s": max(limit, peak(o)),
             "rows": results, "skipped": skipped}

@@ -31,15 +31,15 @@ PAIR = ("HalfCheetah-v4", "Walker2d-v4")
 # envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds.
 # source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
 # than half". offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long.
-# wombet, baseline, learner, ppo, cql, bound: flags of WOMBET's runs, of every baseline, of those that start with random
-# steps, of PPO, of CQL and COMBO, of bound.py.
+# wombet, baseline, bound: flags of WOMBET's runs, of every baseline, of bound.py; more: of single baselines.
+FEW_ACTIONS = ("--cql-actions", 4)
 CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,
-           offline=20_000, slow_offline=10_000, wombet=(), baseline=("--eval-every", 2500), learner=(),
-           ppo=(), cql=("--cql-actions", 4), bound=())
+           offline=20_000, slow_offline=10_000, wombet=(), baseline=("--eval-every", 2500), bound=(),
+           more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
 BUDGETS = {
     "cpu": CPU,
     "paper": {**CPU, "envs": (*NEAR_FOUR, "Ant-v4", "Swimmer-v4"), "few": range(5), "offline": 100_000,
-              "slow_offline": 100_000, "cql": ()},
+              "slow_offline": 100_000, "more": {}},
     "quick": {**CPU, "envs": ("Hopper-v4",), "pair": ("Hopper-v4",), "many": range(1), "few": range(1), "source": 400,
               "target": 200, "online": 400, "offline": 100, "slow_offline": 50,
               "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
@@ -47,8 +47,9 @@ BUDGETS = {
                                     "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
                                     "--imagined-length 15 --return-percentile 30"),
               "baseline": shlex.split("--fast off --eval-every 50 --eval-episodes 2 --checkpoint-every 50 --hidden 64"),
-              "learner": ("--random-steps", 100), "ppo": ("--rollout-steps", 128),
-              "bound": shlex.split("--episodes 2 --length 20")}}
+              "bound": ("--episodes", 2, "--length", 20),
+              "more": {"sac": ("--random-steps", 100), "td3": ("--random-steps", 100), "ppo": ("--rollout-steps", 128),
+                       "cql": FEW_ACTIONS, "combo": FEW_ACTIONS, "bc": ("--critic-steps", 50)}}}
 
 # folder: of the run below runs/<topic>/ and results/<topic>/. flags: of the command, with everything. result: the file
 # that says that it is done. needs: files of other runs without which it cannot start. base: a finished run, a copy of
@@ -110,10 +111,9 @@ def fig2(b):
         yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.many)
         # TD3's published runs begin to learn then (the paper's appendix C), not at CleanRL's 25,000 steps
         start = 10_000 if env in ("HalfCheetah-v4", "Ant-v4") else 1_000
-        more = {"sac": b.learner, "td3": ("--random-steps", start, *b.learner), "ppo": b.ppo}
-        for name, flags in more.items():
+        for name, flags in {"sac": (), "td3": ("--random-steps", start), "ppo": ()}.items():
             yield from (new_job(b, "fig2", f"baselines/{name}.py", env, name, seed, "--target-steps", b.online,
-                                *b.baseline, *flags) for seed in b.few)
+                                *b.baseline, *flags, *b.more.get(name, ())) for seed in b.few)
 
 
 def fig3(b):
@@ -128,7 +128,7 @@ def offline(b, topic, name, env, seed, *flags):
     data = f"{run_dir(b, default(b, env, seed))}/first_dataset.npz"
     slow = name in ("cql", "combo")
     return new_job(b, topic, f"baselines/{name}.py", env, name, seed, "--dataset", data, "--offline-updates",
-               b.slow_offline if slow else b.offline, *b.baseline, *(b.cql if slow else ()), *flags, needs=(data,))
+               b.slow_offline if slow else b.offline, *b.baseline, *b.more.get(name, ()), *flags, needs=(data,))
 
 
 def fig4(b):
@@ -183,7 +183,7 @@ def bound(b):
     sources = [default(b, env, b.few[0]) for env in b.envs]
     yield from sources
     folders = [run_dir(b, job) for job in sources]
-    yield Job("bound", "bound", "experiments/bound.py", (*folders, *b.bound, "--out", f"{b.results}/bound"),
+    yield Job("bound", "bound", "experiments/bound.py", (*folders, *map(str, b.bound), "--out", f"{b.results}/bound"),
               f"{b.results}/bound/bound.csv", tuple(f"{folder}/source.pt" for folder in folders), None)
 
 

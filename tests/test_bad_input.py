@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -548,12 +550,15 @@ def test_two_processes_in_one_folder(runs, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     child = os.fork()
     if child == 0:
-        args.resume = str(folder)
-        with claimed(args):
-            (tmp_path / "held").write_text("")
-            signal.pause()
-    while not (tmp_path / "held").exists():
-        pass
+        try:
+            args.resume = str(folder)
+            with claimed(args):
+                (tmp_path / "held").write_text("")
+                signal.pause()
+        finally:
+            os._exit(1)
+    for _ in range(100):
+        time.sleep(0.0 if (tmp_path / "held").exists() else 0.05)
     refuses(capsys, "sac", ["another process", str(folder)], "--resume", folder, "--target-steps", "41")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -665,8 +670,6 @@ SHELL = "cd {root} && {python} baselines/sac.py {flags} --name {name} {rest}; ec
 
 @pytest.mark.parametrize("rest", ["| head -1", ">&-"])
 def test_stdout_of_a_real_process(tmp_path, rest):
-    import subprocess
-
     flags = " ".join(["--out", str(tmp_path), *COMMON, *TINY["sac"]])
     line = SHELL.format(root=Path(harness.__file__).parent, python=sys.executable, flags=flags, name="a", rest=rest)
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
@@ -696,6 +699,27 @@ def test_sigterm_during_an_evaluation(runs, tmp_path, monkeypatch, program, numb
     assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
     strip = lambda rows: [{k: v for k, v in row.items() if k != "wall_clock"} for row in rows]
     assert strip(ours["rows"]) == strip(theirs["rows"])
+
+
+def test_sigterm_while_pretraining(runs, tmp_path, monkeypatch):
+    """As many updates as without it, and the same."""
+    flags = ["--source-run", runs["wombet"], "--pretrain-updates", "10"]
+    _, whole = tiny("wombet", tmp_path, *flags, name="whole")
+    original, count = wombet.update, [0]
+
+    def update(*args):
+        count[0] += 1
+        if count[0] == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(wombet, "update", update)
+    code, folder = tiny("wombet", tmp_path, *flags)
+    assert code == 130 and load(folder / "checkpoint.pt", "cpu", "wombet")["target"]["updates"] == 4
+    assert start("wombet", "--resume", folder) == 0
+    ours, theirs = (load(f / "checkpoint.pt", "cpu", "wombet")["target"] for f in (folder, whole))
+    assert ours["updates"] == theirs["updates"] == 50
+    assert torch.equal(ours["agent"]["critic"]["weights.0"], theirs["agent"]["critic"]["weights.0"])
 
 
 def test_threads_follow_the_affinity_mask(monkeypatch, capsys):
