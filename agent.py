@@ -242,7 +242,8 @@ class SAC:
 
     def __init__(self, obs_dim, action_dim, *, n_critics=2, min_critics=2, hidden=(256, 256), layer_norm=True, lr=3e-4,
                  discount=0.99, polyak=0.005, init_temperature=0.1, target_entropy=None, backup_entropy=True,
-                 actor_entropy=True, actor_q="mean", actor_average=1.0, penalty_coef=1.0, dtype="float32", compile=False, device="cpu"):
+                 actor_entropy=True, actor_q="mean", actor_average=1.0, penalty_coef=1.0, dtype="float32",
+                 compile=False, device="cpu"):
         self.n_critics, self.min_critics, self.actor_q = n_critics, min_critics, actor_q
         self.discount, self.polyak, self.penalty_coef = discount, polyak, penalty_coef
         self.actor_average, self.actor_entropy = actor_average, actor_entropy

@@ -88,7 +88,8 @@ class Help(argparse.HelpFormatter):
     """Appends a flag's default where it has one."""
 
     def _get_help_string(self, action):
-        return action.help if any(action.default is x for x in (None, False, argparse.SUPPRESS)) else f"{action.help} (%(default)s)"
+        silent = any(action.default is x for x in (None, False, argparse.SUPPRESS))
+        return action.help if silent else f"{action.help} (%(default)s)"
 
 
 def new_parser(doc, name, source=True):
@@ -109,8 +110,8 @@ def new_parser(doc, name, source=True):
     g.add_argument("--name", type=label, default=name, help="second part of the run folder's name; plots group by it")
     g.add_argument("--out", type=some_path, default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
-    g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; auto: "
-                   "what this machine has, in runs that are long enough to gain by it")
+    g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; "
+                   "auto: what this machine has, in runs that are long enough to gain by it")
     g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags "
                    "(budgets, learning rates, intervals, device and threads may be given anew)")
     g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its "

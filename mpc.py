@@ -46,22 +46,22 @@ class MPC:
         noise_beta: colour of the candidates' noise (see `coloured_noise`).
         keep_elites: share of the elites that stay candidates in the next iteration; the best one always does.
         discount: gamma. penalty_coef: lambda, in reward per unit of u.
-        execute: "mean" of the elites, or the "best" candidate. execute_steps: actions executed before replanning.
-        particles: copies of a candidate, rows in a row for the model (`WorldModel.member_step`), over which its return is
-            averaged: eq. 1's expectation over the ensemble. Deviation: the default is 1, the ensemble's mean.
+        execute_steps: actions of a plan, the elites' mean, executed before replanning.
+        particles: copies of a candidate, consecutive rows for the model (`WorldModel.member_step`), over which its
+            return is averaged: eq. 1's expectation over the ensemble. Deviation: the default is 1, the ensemble's mean.
         policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
             horizon. None of them: plain CEM.
     """
 
     def __init__(self, model, reward, terminated, action_dim, *, horizon=5, population=64, elites=8, iterations=2,
                  momentum=0.1, init_std=0.5, noise_beta=0.0, keep_elites=0.3, discount=0.99, penalty_coef=1.0,
-                 execute="mean", execute_steps=1, particles=1, policy=None, policy_samples=16, value=None):
+                 execute_steps=1, particles=1, policy=None, policy_samples=16, value=None):
         self.model, self.reward, self.terminated, self.action_dim = model, reward, terminated, action_dim
         self.horizon, self.population, self.elites, self.iterations = horizon, population, elites, iterations
         self.momentum, self.init_std, self.noise_beta = momentum, init_std, noise_beta
         self.n_keep = max(int(keep_elites * elites), 1)
         self.discount, self.penalty_coef = discount, penalty_coef
-        self.execute, self.execute_steps, self.particles = execute, execute_steps, particles
+        self.execute_steps, self.particles = execute_steps, particles
         self.policy, self.policy_samples, self.value = policy, policy_samples if policy else 0, value
         self.reset()
 
@@ -137,8 +137,7 @@ class MPC:
             pool = torch.cat([pool[:, : self.n_keep], drawn], 1)
             scores = torch.cat([scores[:, : self.n_keep], candidate_scores.view(batch, -1)], 1)
             mean, std, pool, scores, elite_mean = self._refit(mean, std, pool, scores)
-        best = torch.where(scores[:, :1, None].isfinite(), pool[:, 0], elite_mean)
-        return best if self.execute == "best" else elite_mean, scores[:, 0]
+        return elite_mean, scores[:, 0]
 
     def act(self, obs):
         """obs (B, d) -> action (B, A): plans, warm-started by the last plan shifted by what was executed, every

@@ -46,11 +46,11 @@ def build_parser():
 
     g.add_argument("--preset", choices=("paper",), help="paper: the literal method; flags given beside it win")
     g.add_argument("--prior", **SWITCH, default=True, help="transfer; --no-prior: learn from scratch in the target")
-    g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take the source phase from that run "
-                   "(ablations share it)")
+    g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take its source phase")
 
     g = parser.add_argument_group("transfer (section 4.6)")
-    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys, no phases 1 and 2")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with "
+                   "D4RL's keys, no phases 1 and 2")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
@@ -64,8 +64,8 @@ def build_parser():
 
     g = parser.add_argument_group("imagining in the target task (sections 4.1 and 4.3)")
     g.add_argument("--imagine-every", type=amount, default=250, help="target steps between rounds; 0: the first alone")
-    g.add_argument("--imagine-with", default="policy", choices=("policy", "mpc"), help="policy: the present agent, under "
-                   "the target's reward; mpc: as the first D_S")
+    g.add_argument("--imagine-with", default="policy", choices=("policy", "mpc"), help="policy: the present agent, "
+                   "under the target's reward; mpc: as the first D_S")
     g.add_argument("--rollouts", type=count, default=2000, help="the policy's rollouts in a round")
     g.add_argument("--rollout-length", type=count, default=5, help="their length, steps")
     g.add_argument("--offline-capacity", type=count, default=50_000, help="transitions in D_S, which keeps the newest")
@@ -78,8 +78,8 @@ def build_parser():
     g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories in a round of MPC")
     g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
     g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets; others: source data")
-    g.add_argument("--trust-percentile", type=percent, default=99.0, help="what is imagined is cut where u is above that "
-                   "percentile of u on real data; 0: never")
+    g.add_argument("--trust-percentile", type=percent, default=99.0, help="what is imagined is cut where u is "
+                   "above that percentile of u on real data; 0: never")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
     g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
@@ -95,7 +95,6 @@ def build_parser():
     g.add_argument("--init-std", type=positive, default=0.3, help="std of the first iteration, actions in [-1, 1]")
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
     g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates")
-    g.add_argument("--execute", default="mean", choices=("mean", "best"), help="plan executed: elites' mean or best")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
     g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
                    "moves a candidate, or each member does and returns are averaged")
@@ -111,14 +110,13 @@ def build_parser():
     g.add_argument("--model-batch-size", type=count, default=256, help="transitions per member in a gradient step")
     g.add_argument("--model-epochs", type=count, default=60, help="most epochs of the first fit")
     g.add_argument("--uncertainty", default="std", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
-    g.add_argument("--coverage", type=fraction, default=0.95, help="share of held-out transitions whose error u is scaled "
-                   "to cover; 0: not scaled")
+    g.add_argument("--coverage", type=fraction, default=0.95, help="held-out errors that u is scaled to cover; 0: not")
 
     g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
     g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
     g.add_argument("--min-critics", type=count, default=2, help="M, size of the random subset under the target's min")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
-    g.add_argument("--actor-average", type=fraction, default=1e-3, help="rate of the actor's average, which is evaluated")
+    g.add_argument("--actor-average", type=fraction, default=1e-3, help="rate of the evaluated actor's average")
     g.add_argument("--utd", type=count, default=8, help="critic updates per environment step")
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
@@ -133,8 +131,8 @@ def build_parser():
     # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
     g.add_argument("--target-penalty-coef", type=nonnegative, default=2.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
-    g.add_argument("--snapshot-window", type=amount, default=2000, help="steps of training episodes that the source "
-                   "agent to go on with is chosen by, the one of the highest mean return; 0: the last agent")
+    g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
+                   "training episodes of so many steps returned most; 0: the last one")
     return parser
 
 
@@ -155,13 +153,13 @@ def check_args(args):
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
     require(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
     require(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
-    require(args.horizon <= args.imagined_length,
-            f"--horizon {args.horizon} is longer than --imagined-length {args.imagined_length}")
+    require(args.horizon <= args.imagined_length, f"--horizon {args.horizon} is above --imagined-length "
+            f"{args.imagined_length}")
     require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
     for n, length in (("imagined_trajectories", "imagined_length"), ("rollouts", "rollout_length")):
         largest = vars(args)[n] * vars(args)[length]
-        require(largest <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a round of "
-                f"{largest} transitions: --{n.replace('_', '-')} times --{length.replace('_', '-')}")
+        require(largest <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a round "
+                f"of {largest} transitions: --{n.replace('_', '-')} times --{length.replace('_', '-')}")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
         steps = vars(args)[f"{where}_steps"]
@@ -243,7 +241,7 @@ def planner(run):
                horizon=args.horizon, population=args.population, elites=args.elites, iterations=args.iterations,
                momentum=args.momentum, init_std=args.init_std, noise_beta=args.noise_beta,
                keep_elites=args.keep_elites, discount=args.discount, penalty_coef=args.plan_penalty_coef,
-               execute=args.execute, execute_steps=args.replan_every, particles=args.members if members else 1,
+               execute_steps=args.replan_every, particles=args.members if members else 1,
                policy=source.agent.propose if args.guide else None, policy_samples=args.policy_samples,
                value=source.agent.value if args.guide else None)
 
@@ -316,6 +314,8 @@ def reuse_source(run, source_run):
     with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
+        held_out = [run.source.buffer.filled()[key][10::20] for key in ("obs", "action", "next_obs", "features")]
+        run.model.calibrate(*held_out)  # the other run's u may be of another kind, or not scaled
         run.holdout_mse, run.phase = state["holdout_mse"], "generate"
         load_log_and_generators(run, state)
 
@@ -431,25 +431,23 @@ def fit(run, epochs):
     run.holdout_mse = result["holdout_mse"]
     pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
     np.savetxt(run.dir / "model_error.csv", pairs, "%.5g", ",", header="u,error", comments="")
-    run.log.note(f"model   fit on {len(rows):,} transitions: {result['epochs']} epochs, holdout MSE {run.holdout_mse:.4f} "
-                 f"of the variance, u scaled by {run.model.scale.item():.3g}, {time.time() - began:.0f} s")
+    run.log.note(f"model   fit on {len(rows):,} transitions: {result['epochs']} epochs, holdout MSE "
+                 f"{run.holdout_mse:.4f} of the variance, u scaled by {run.model.scale.item():.3g}, "
+                 f"{time.time() - began:.0f} s")
     run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # a fit is not the loop
 
 
 # ---------------------------------------------------------------------------------------------------------- imagination
 
 
+def imagine_round(run):
+    """One round in the target task: by MPC, as the first D_S, or by the present agent."""
+    generate(run) if run.args.imagine_with == "mpc" else imagine_policy(run)
+
+
 def imagines(run):
     """Whether there is a model and a use for what it imagines."""
     return run.model is not None and run.mix.fixed != 0
-
-
-def imagine_round(run):
-    """One round in the target task: by the policy, or as the first D_S."""
-    if run.args.imagine_with == "mpc":
-        generate(run)
-    else:
-        imagine_policy(run)
 
 
 def trust_limit(run):
@@ -474,7 +472,7 @@ def imagine_policy(run):
         starts.append(target.buffer.sample(n_new, first=run.pooled)["obs"])
     trajectories = imagine(run.model.step, target.env.task.terminated, target.agent.act, torch.cat(starts),
                            args.rollout_length, trust_limit(run))
-    append(run, trajectories, trajectories["valid"][:, 0])
+    run.offline_data.add(**to_transitions(trajectories, trajectories["valid"][:, 0], target.env.task.reward))
 
 
 def generate(run):
@@ -493,7 +491,7 @@ def generate(run):
         run.log.note(f"D_S     {error}")  # a later round that adds nothing leaves D_S as it is
         passed = torch.zeros_like(returns, dtype=torch.bool)
     run.acceptance = passed.float().mean().item()
-    append(run, trajectories, passed)
+    run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
     run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, "
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
@@ -504,14 +502,12 @@ def first_thresholds(run, returns, mean_u):
     """[J_th, u_th] as given, else the round's percentiles; J_th is lowered where none meets both."""
     args, given = run.args, (run.args.return_threshold, run.args.u_threshold)
     found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
-    return_threshold, u_threshold = (f if g is None else g for f, g in zip(found, given))
-    if args.filter == "dual" and args.return_threshold is None:
-        lowered = met_threshold(returns, mean_u, return_threshold, u_threshold, args.return_percentile)
-        if lowered < return_threshold:
-            run.log.note(f"D_S     no trajectory meets both percentiles: J_th is lowered from {return_threshold:.4g} to "
-                         f"{lowered:.4g}, that percentile of those within u_th")
-            return_threshold = lowered
-    return [return_threshold, u_threshold]
+    j_th, u_th = (f if g is None else g for f, g in zip(found, given))
+    if args.filter == "dual" and given[0] is None:
+        before, j_th = j_th, met_threshold(returns, mean_u, j_th, u_th, args.return_percentile)
+        if j_th < before:
+            run.log.note(f"D_S     no trajectory meets both percentiles: J_th falls from {before:.4g} to {j_th:.4g}")
+    return [j_th, u_th]
 
 
 def imagine_mpc(run):
@@ -539,11 +535,6 @@ def score(run, trajectories):
     rewards = run.source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
     return score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"], trajectories["terminated"],
                               run.args.discount)
-
-
-def append(run, trajectories, passed):
-    """Relabels what has passed with r_T; D_S keeps the newest."""
-    run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
 
 
 def refresh_uncertainty(run):

@@ -199,12 +199,17 @@ class WorldModel(nn.Module):
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
             mse = (mean.mean(0) - targets[held]).square().mean()
         rows = [column[calibrating] for column in (obs, action, next_obs, features)]
-        error = self.error(*rows)
+        self.calibrate(*rows)
+        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
+                "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": self.error(*rows)}
+
+    def calibrate(self, obs, action, next_obs, features):
+        """Scales u to cover the error for the share `coverage` of these transitions (n, ...), which no member has
+        trained on."""
         self.scale.fill_(1.0)
         if self.coverage:
-            self.scale.copy_(self._conformal_scale(self.uncertainty(*rows[:2]), error))
-        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
-                "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": error}
+            error = self.error(obs, action, next_obs, features)
+            self.scale.copy_(self._conformal_scale(self.uncertainty(obs, action), error))
 
     def _conformal_scale(self, u, error):
         """The quantile of error / u (n,) that covers a new transition with probability `coverage`: the

@@ -219,7 +219,7 @@ TARGET_FLAGS = {
     "new agent": ["--no-warm-start"], "without real source data": ["--no-keep-source-data"],
     "D_S from the environment": ["--generate-in", "env"], "members": ["--expectation", "members"],
     "pretrain": ["--pretrain-updates", "10"],
-    "best": ["--execute", "best"], "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
+    "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
     "actor on min": ["--actor-q", "min"], "no average": ["--actor-average", "1"],
     "no entropy": ["--no-backup-entropy"], "no entropy for the actor": ["--no-actor-entropy"],
     "M < N": ["--min-critics", "1"], "other rollouts": ["--rollouts", "20", "--rollout-length", "2"],
@@ -256,6 +256,15 @@ def test_target_flags(base, tmp_path, flags):
 def test_uncertainty_flags(base, tmp_path, flags):
     code, folder = run(tmp_path, "--source-run", base, *flags)
     assert code == 0 and rows(folder)[4:] != rows(base)[4:]
+
+
+@pytest.mark.parametrize("kind, coverage", [("std", 0.95), ("std", 0.0), ("max-distance", 0.95), ("variance", 0.5)])
+def test_a_shared_source_phase_is_calibrated_anew(base, tmp_path, kind, coverage):
+    """The model of another run has the scale of that run's u; with the same flags it stays as it is."""
+    _, folder = run(tmp_path, "--source-run", base, "--uncertainty", kind, "--coverage", coverage, "--refit-every", "0")
+    scale = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]["scale"].item()
+    shared = torch.load(base / "source.pt", weights_only=True)["model"]["scale"].item()
+    assert (scale == 1) == (coverage == 0) and (scale == shared) == (kind == "std" and coverage == 0.95)
 
 
 STOP = KeyError("seen enough")
