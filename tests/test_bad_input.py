@@ -135,7 +135,7 @@ BAD = [
     *[("sac", [flag, str(10**12)], ["GiB", flag]) for flag in ("--target-steps", "--hidden", "--batch-size",
                                                                "--layers")],
     ("bc", ["--online-steps", str(10**12)], ["GiB", "--online-steps"]),
-    ("ppo", ["--rollout-steps", str(10**12)], ["GiB", "--rollout-steps"]),
+    ("ppo", ["--rollout-steps", str(10**12)], ["--rollout-steps", "--target-steps 40"]),
     *[("sac", [f"--{flag}", value], [flag, value]) for flag, value in (
         ("actor-lr", "inf"), ("critic-lr", "nan"), ("target-entropy", "nan"), ("policy-delay", "0"))],
     *[("ppo", [f"--{flag}", value], [flag, value]) for flag, value in (
