@@ -833,12 +833,16 @@ def test_recent_return_without_float64_on_the_device(monkeypatch):
     buffer = ReplayBuffer(4, "cpu", reward=(), terminated=(), timeout=())
     for reward in (1.0, 2.0, 3.0):
         buffer.add(reward=reward, terminated=reward == 2.0, timeout=False)
-    moved, cpu, double = [], torch.Tensor.cpu, torch.Tensor.double
+    moved, double = [], torch.Tensor.double
+
+    def to_cpu(tensor):
+        moved.append(tensor.clone())
+        return moved[-1]
 
     def cast(tensor):
-        assert tensor.data_ptr() in moved
+        assert any(tensor is copy for copy in moved)
         return double(tensor)
 
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: moved.append(t.data_ptr()) or cpu(t))
+    monkeypatch.setattr(torch.Tensor, "cpu", to_cpu)
     monkeypatch.setattr(torch.Tensor, "double", cast)
     assert recent_return(buffer, 3) == 3.0
