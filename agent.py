@@ -150,7 +150,9 @@ class Actor(nn.Module):
             else:
                 x = layer(x)
         mean, log_std = x.chunk(2, -1)
-        return mean, log_std.clamp(self.LOG_STD_MIN, self.LOG_STD_MAX)
+        # soft bounds: a clamp has no gradient, and what is beyond it would stay there
+        log_std = self.LOG_STD_MAX - F.softplus(self.LOG_STD_MAX - log_std)
+        return mean, self.LOG_STD_MIN + F.softplus(log_std - self.LOG_STD_MIN)
 
     def sample(self, obs, noise=None, dtype=torch.float32):
         """obs (..., obs_dim) -> action (..., action_dim), reparameterised, and its log-density (...).

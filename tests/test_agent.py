@@ -10,7 +10,7 @@ import torch
 from torch import distributions as dist
 from torch import nn
 
-from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
+from agent import SAC, Actor, AdaptiveMix, ReplayBuffer, mixed_batch
 
 
 def constant(critic, values):
@@ -370,3 +370,13 @@ def test_buffer_state(n):
     assert other.size == buffer.size and torch.equal(other.filled()["obs"], buffer.filled()["obs"])
     assert torch.equal(other.filled()["reward"], buffer.filled()["reward"])
     assert len(state["rows"]["reward"]) == min(n, 7) and 20 not in state["rows"]["reward"]
+
+
+@pytest.mark.parametrize("log_std", [-40.0, 0.0, 30.0])
+def test_the_actors_log_std_is_bounded_and_never_stuck(log_std):
+    actor = Actor(3, 2, hidden=(8,))
+    with torch.no_grad():
+        actor.net[-1].bias[2:] = log_std
+    found = actor(torch.zeros(5, 3))[1]
+    gradient = torch.autograd.grad(found.sum(), actor.net[-1].bias)[0][2:]
+    assert (found >= Actor.LOG_STD_MIN).all() and (found <= Actor.LOG_STD_MAX).all() and (gradient > 0).all()
