@@ -557,6 +557,11 @@ def read_arrays(path):
     try:
         with zipfile.ZipFile(path) as file:
             require(file.testzip() is None, "a checksum does not fit")
+            infos = sorted(file.infolist(), key=lambda info: info.header_offset)
+            begin = [*(info.header_offset for info in infos), file.start_dir]
+            end = [0, *(info.header_offset + 30 + len(info.filename) + info.compress_size for info in infos)]
+            # between two arrays lie at most a size field and a descriptor: more is an array that the index has lost
+            require(all(b - e <= 64 for b, e in zip(begin, end)), "its index lacks an array")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[name] for key, name in DATASET_NAMES.items() if name in file}
     except FileNotFoundError:

@@ -157,9 +157,9 @@ def check_args(args):
             f"{args.imagined_length}")
     require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
     for n, length in (("imagined_trajectories", "imagined_length"), ("rollouts", "rollout_length")):
-        largest = vars(args)[n] * vars(args)[length]
-        require(largest <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a round "
-                f"of {largest} transitions: --{n.replace('_', '-')} times --{length.replace('_', '-')}")
+        number, steps = vars(args)[n], vars(args)[length]
+        require(number * steps <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a "
+                f"round of --{n.replace('_', '-')} {number} times --{length.replace('_', '-')} {steps}")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
         steps = vars(args)[f"{where}_steps"]

@@ -129,9 +129,11 @@ BAD = [
     ("wombet", ["--source-goal-shift", "1"], ["goal_shift"]),
     # sizes that no machine holds
     *[("wombet", [flag, str(10**12)], ["GiB", flag]) for flag in (
-        "--source-steps", "--target-steps", "--imagined-trajectories", "--imagined-length", "--hidden", "--critics",
+        "--source-steps", "--target-steps", "--offline-capacity", "--hidden", "--critics",
         "--members", "--model-hidden", "--model-layers", "--population", "--batch-size", "--utd", "--eval-episodes",
         "--model-batch-size", "--policy-samples")],
+    *[("wombet", [flag, str(10**12)], ["--offline-capacity", flag]) for flag in (
+        "--imagined-trajectories", "--imagined-length", "--rollouts", "--rollout-length")],
     *[("sac", [flag, str(10**12)], ["GiB", flag]) for flag in ("--target-steps", "--hidden", "--batch-size",
                                                                "--layers")],
     ("bc", ["--online-steps", str(10**12)], ["GiB", "--online-steps"]),
@@ -813,7 +815,7 @@ def test_a_first_round_that_no_trajectory_passes_goes_on(runs, tmp_path, monkeyp
         torch.arange(float(len(u))), torch.arange(float(len(u)))))
     flags = ["--source-run", runs["wombet"], "--filter", "dual", "--u-percentile", "25"]
     assert tiny("wombet", tmp_path, *flags)[0] == 0
-    assert "J_th is lowered from 1.5 to 0" in capsys.readouterr().out
+    assert "J_th falls from 1.5 to 0" in capsys.readouterr().out
     assert tiny("wombet", tmp_path, *flags, "--return-threshold", "9", name="b")[0] == 2  # one's own threshold is kept
 
 

@@ -129,7 +129,7 @@ def test_source_phase(tmp_path, capsys):
     assert_refused(capsys, "target")
 
 
-@pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,\r\ntar", "\r\n"])
+@pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,,\r\ntar", "\r\n"])
 def test_half_written_last_line(tmp_path, end):
     write_run(tmp_path, [0, 10], [1, 2], end=end)
     assert [row[2] for row in table(tmp_path)] == ([0, 10, 20] if "\r\ntar" in end else [0, 10])
@@ -440,7 +440,7 @@ def test_no_runs(tmp_path, capsys, kind):
 @pytest.mark.parametrize("text, words", [
     ("phase,return_mean\ntarget,1\n", ["no column env_steps"]),
     (",".join(COLUMNS) + "\ntarget,1,2\n", ["line 2", "3 cells"]),
-    (",".join(COLUMNS) + "\n" + "target,0,,,,x" + 9 * "," + "\ntarget,1\n", ["line 2", "'x'"]),
+    (",".join(COLUMNS) + "\n" + "target,0,,,,x" + (len(COLUMNS) - 6) * "," + "\ntarget,1\n", ["line 2", "'x'"]),
     ("\x00\x01\nPNG\n", ["no column phase"])])
 def test_malformed_csv(tmp_path, capsys, text, words):
     path = write_run(tmp_path, [], []) / "progress.csv"
