@@ -306,11 +306,22 @@ def test_each_step_uses_the_right_tasks_reward(backward, tmp_path, monkeypatch):
     flags = ["--source-run", backward, "--source", "backward"]
     with monkeypatch.context() as patch:
         assert until(patch, tmp_path, "score", watch_score, *flags)[0] == 0
+    first = np.load(tmp_path / backward.name / "first_dataset.npz")
+    np.testing.assert_allclose(first["rewards"], r_t({"features": torch.from_numpy(first["features"]),
+                                                      "action": torch.from_numpy(first["actions"])}), rtol=1e-5)
     state = torch.load(tmp_path / backward.name / "checkpoint.pt", weights_only=True)
     for rows_of in (state["offline_data"]["rows"], state["target"]["buffer"]["rows"]):
         torch.testing.assert_close(rows_of["reward"], r_t(rows_of))
     assert not state["target"]["buffer"]["rows"]["uncertainty"].any()  # real data are not penalised
     assert (state["offline_data"]["rows"]["uncertainty"] > 0).all()
+
+
+def test_a_refit_measures_the_uncertainty_of_D_S_anew(base, tmp_path):
+    _, folder = run(tmp_path, "--source-run", base, "--imagine-every", "0")
+    found = wombet.build(wombet.parse_args(["--evaluate", str(folder)]), folder)
+    wombet.load_state_dict(found, torch.load(folder / "checkpoint.pt", weights_only=True))
+    data = found.offline_data.filled()
+    torch.testing.assert_close(data["uncertainty"], found.model.uncertainty(data["obs"], data["action"]))
 
 
 def test_thresholds_are_held_over_rounds(base, tmp_path, monkeypatch):
