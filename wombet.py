@@ -168,7 +168,9 @@ def check_args(args):
     require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     require(args.prior or not (args.offline_data or args.source_run),
             "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
-    require(args.prior or not args.pretrain_updates, "--pretrain-updates needs data: not with --no-prior")
+    no_data = not args.prior or not (args.offline_data or args.keep_source_data or args.alpha_rule == "adaptive"
+                                     or args.alpha)
+    require(not (args.pretrain_updates and no_data), "--pretrain-updates needs data: imagined, of the source, or a file's")
 
 
 ANEW = ("source_steps", "target_steps", "lr", "model_lr")  # what --resume takes and heeds, beside harness.ANEW

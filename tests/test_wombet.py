@@ -462,6 +462,7 @@ BAD = {
     "alone, from scratch": ["--no-prior", "--random-steps", "120"],
     "a round larger than D_S": ["--offline-capacity", "79"],
     "nothing to pretrain on": ["--no-prior", "--pretrain-updates", "5"],
+    "nor here": ["--no-keep-source-data", "--alpha-rule", "fixed", "--alpha", "0", "--pretrain-updates", "5"],
     "preset": ["--preset", "x"],
     "device": ["--device", "cuda:7"],
     "nonsense device": ["--device", "abacus"],
