@@ -181,6 +181,7 @@ def speed_settings(args):
     else:
         bfloat16 = args.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    require(compiler or args.fast != "on", "--fast on needs a C++ compiler: install one, or leave --fast auto")
     steps = sum(value for key, value in vars(args).items() if key in ("source_steps", "target_steps"))
     pays = compiler is not None and steps >= 20_000  # compiling takes a minute or so
     return {"compile": args.fast == "on" or pays, "dtype": "bfloat16" if args.fast == "on" or bfloat16 else "float32",
@@ -784,6 +785,8 @@ def run_program(program, parse, train, play):
             play(args)
         else:
             with claimed(args):
+                say(f"speed   {'compiled' if args.speed['compile'] else 'not compiled'}, products in "
+                    f"{args.speed['dtype']} (--fast {args.fast}), on {args.device}")
                 train(args)
     except (ValueError, FloatingPointError) as error:
         if not raised_here(error):

@@ -113,13 +113,14 @@ def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("fast, precision", [("off", "highest"), ("auto", "medium")])
-def test_fast(tmp_path, fast, precision):
+def test_fast(tmp_path, capsys, fast, precision):
     """What the flag stands for is in force and in config.json; a short run is not compiled."""
     try:
         code, folder = run(tmp_path, "--no-prior", "--target-steps", 70, "--fast", fast)
         speed = json.loads((folder / "config.json").read_text())["speed"]
         assert code == 0 and torch.get_float32_matmul_precision() == precision == speed["precision"]
-        assert speed["compile"] is False
+        assert speed["compile"] is False and f"not compiled, products in {speed['dtype']} (--fast {fast})" in (
+            capsys.readouterr().out)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -135,6 +136,8 @@ def test_what_fast_stands_for(monkeypatch):
         "compile": True, "dtype": "bfloat16", "precision": "medium"}
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not settings(*long)["compile"]
+    with pytest.raises(ValueError, match="compiler"):
+        settings("--fast", "on")
 
 
 MEMORY = """
