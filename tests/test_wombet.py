@@ -407,17 +407,17 @@ def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
 
 
 def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
-    """What has not terminated goes on for all ten steps, or ends early where u is too high."""
-    whole = {}
-    for percentile in ("0", "60"):
+    """Without it, what has not terminated goes on for all ten steps; with it, there is less."""
+    sizes = []
+    for percentile in ("0", "30"):
         _, folder = run(tmp_path, "--source-run", base, "--filter", "none", "--trust-percentile", percentile,
                         "--target-steps", "60", name=percentile)
         data = np.load(folder / "first_dataset.npz")
         ends = (data["terminals"] | data["timeouts"]).nonzero()[0]
-        lengths = np.diff(ends, prepend=-1)[data["timeouts"][ends]]
-        assert len(lengths) > 2
-        whole[percentile] = lengths == 10
-    assert whole["0"].all() and not whole["60"].all()
+        if percentile == "0":
+            assert (np.diff(ends, prepend=-1)[data["timeouts"][ends]] == 10).all() and len(ends) == 8
+        sizes.append(len(data["rewards"]))
+    assert sizes[0] > sizes[1]
 
 
 @pytest.mark.parametrize("flags", [["--source", "stand"], ["--source-speed-cap", "0.1"], ["--no-layer-norm"]])
