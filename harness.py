@@ -636,9 +636,12 @@ class Log:
         if not force and (not terminal or time.time() - self.shown < 1.0):
             return
         self.shown = time.time()
-        rate = (step - self.pace[1]) / max(self.shown - self.pace[0], 1e-9)
-        minutes, seconds = divmod(int((steps - step) / max(rate, 1e-9)), 60)
-        line = f"{phase:<6} {step:>7,}/{steps:,}  {rate:5.0f} steps/s  {minutes:3}:{seconds:02} left  {text}"
+        done, speed = step - self.pace[1], 27 * " "  # nothing is known of a phase that begins
+        if done > 0:
+            rate = done / max(self.shown - self.pace[0], 1e-9)
+            minutes, seconds = divmod(int((steps - step) / rate), 60)
+            speed = f"{rate:5.0f} steps/s  {minutes:3}:{seconds:02} left"
+        line = f"{phase:<6} {step:>7,}/{steps:,}  {speed}  {text}"
         say(("\r\033[K" if terminal else "") + line, end="" if terminal and not force else "\n")
 
     def note(self, text):

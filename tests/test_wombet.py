@@ -71,6 +71,17 @@ def test_a_run_leaves_what_the_readme_says(base, capsys):
     assert f"return {float(table[-1]['return_mean']):.1f} ±" in capsys.readouterr().out
 
 
+def test_the_live_line(tmp_path, capsys):
+    """It says nothing of speed and time left before the first step of a phase."""
+    log = wombet.Log(tmp_path / "progress.csv")
+    log.pace = (wombet.time.time() - 2.0, 100)
+    log.live("target", 100, 400, "return 1.0", force=True)
+    log.live("target", 300, 400, "return 2.0", force=True)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "left" not in first and "return 1.0" in first
+    assert "100 steps/s    0:01 left  return 2.0" in second or "100 steps/s    0:00 left  return 2.0" in second
+
+
 def test_same_seed_same_numbers_other_seed_others(base, tmp_path):
     _, again = run(tmp_path)
     assert rows(again) == rows(base)
