@@ -1,6 +1,16 @@
 """What every run shares, of wombet.py and of the baselines: flags, run folder, log, checkpoints, datasets, exit codes.
 
 A `run` here is a namespace with at least args, dir, log (a Log), rng (NumPy's generator) and interrupted.
+
+What a run leaves in <out>/<env>__<name>__<seed>/:
+    config.json          flags in force, what --fast stands for, versions, commit, machine
+    progress.csv         a row per evaluation (`COLUMNS`); the target phase begins with the row of step 0
+    model_error.csv      u and the true error of held-out transitions, of the last fit
+    first_dataset.npz    the first D_S; dataset.npz: D_S at the end, both under D4RL's names (`DATASET_NAMES`)
+    checkpoint.pt        everything, for --resume and --evaluate; source.pt: the same after the source phase
+    nonfinite.pt         the state in which a loss was not finite
+
+Exit codes: 0 done, 1 a fault (what was saved stays), 2 bad input, 130 interrupted, with a checkpoint.
 """
 
 import argparse
@@ -34,6 +44,9 @@ import torch
 from agent import ReplayBuffer
 from tasks import evaluate, first_observations, make_task
 
+# env_steps: of the target; updates: of the critics; wall_clock: s; return_*, length_mean: over the evaluation's
+# episodes; td_error: the running mean that sets alpha; q_error: Q(s_0, a_0) less the discounted return that followed;
+# offline_size: transitions in D_S; acceptance: share that passed the last filter; model_holdout_mse: of the variance
 COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
            "alpha", "td_error", "q_mean", "q_error", "temperature", "offline_size", "acceptance", "model_holdout_mse")
 
