@@ -542,7 +542,7 @@ def test_fast_reaches_networks_and_model(method):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("method", [DelayedSAC, CQL])
+@pytest.mark.parametrize("method", [DelayedSAC, pytest.param(CQL, marks=pytest.mark.slow)])
 def test_compiled_gradients_are_the_same(method):
     critics = []
     for compiled in (False, True):

@@ -46,6 +46,7 @@ def test_table_and_json(tmp_path):
         assert peer in done.stdout
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     done = run("--scaling", str(tmp_path))
     assert done.returncode == 0, done.stderr

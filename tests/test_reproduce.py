@@ -197,6 +197,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_one_figure_quickly(tmp_path):
     """Figure 4's shape: a source, what learns from its D_S, and what goes on online from a copy of that."""
     flags = ["fig4", "--budget", "quick", "--out", str(tmp_path), "--jobs", "2", "--only", "*wombet*", "*bc*"]
