@@ -130,6 +130,11 @@ def affine(x, weight, bias, dtype=torch.float32):
     return torch.bmm(x.to(dtype), weight.to(dtype)).float() + bias
 
 
+def soft_bounds(x, low, high):
+    """x within [low, high], first from above; a clamp has no gradient, and what is beyond it would stay there."""
+    return low + F.softplus(high - F.softplus(high - x) - low)
+
+
 class Actor(nn.Module):
     """Squashed-Gaussian policy a = tanh(u), u ~ N(mean(s), std(s)) (SAC, Haarnoja et al., 2018)."""
 
@@ -150,9 +155,7 @@ class Actor(nn.Module):
             else:
                 x = layer(x)
         mean, log_std = x.chunk(2, -1)
-        # soft bounds: a clamp has no gradient, and what is beyond it would stay there
-        log_std = self.LOG_STD_MAX - F.softplus(self.LOG_STD_MAX - log_std)
-        return mean, self.LOG_STD_MIN + F.softplus(log_std - self.LOG_STD_MIN)
+        return mean, soft_bounds(log_std, self.LOG_STD_MIN, self.LOG_STD_MAX)
 
     def sample(self, obs, noise=None, dtype=torch.float32):
         """obs (..., obs_dim) -> action (..., action_dim), reparameterised, and its log-density (...).

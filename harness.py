@@ -657,6 +657,10 @@ class Log:
         line = f"{phase:<6} {step:>7,}/{steps:,}  {speed}  {text}"
         say(("\r\033[K" if terminal else "") + line, end="" if terminal and not force else "\n")
 
+    def leave_out(self, began):
+        """What has run since the time `began` is not the loop, whose speed is shown."""
+        self.pace = (self.pace[0] + time.time() - began, self.pace[1])
+
     def note(self, text):
         say(("\r\033[K" if on_terminal() else "") + text)
 

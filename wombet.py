@@ -197,7 +197,7 @@ def build(args, run_dir):
         "offline_capacity": learns_source * args.offline_capacity,
         "source_steps": learns_source * args.source_steps + pooled})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
-                          phase="source" if args.prior else "pretrain", thresholds=None, acceptance=None,
+                          phase="source" if learns_source else "pretrain", thresholds=None, acceptance=None,
                           best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
 
     def side(source, capacity, offset):
@@ -223,7 +223,6 @@ def build(args, run_dir):
     env = run.target.env
     if args.offline_data:
         run.offline_data = load_dataset(args.offline_data, args.device, env.action_scale, **env.shapes)
-        run.phase = "pretrain"
     elif learns_source:
         run.source = side(args.source, args.source_steps, 1)
         run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
@@ -316,8 +315,8 @@ def reuse_source(run, source_run):
     with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
         run.model.load_state_dict(state["model"])
-        held_out = [run.source.buffer.filled()[key][10::20] for key in ("obs", "action", "next_obs", "features")]
-        run.model.calibrate(*held_out)  # the other run's u may be of another kind, or not scaled
+        data = run.source.buffer.filled()  # what the model was fit on; the other run's u may be of another kind
+        run.model.calibrate(*(data[key] for key in ("obs", "action", "next_obs", "features")))
         run.holdout_mse, run.phase = state["holdout_mse"], "generate"
         load_log_and_generators(run, state)
 
@@ -436,7 +435,7 @@ def fit(run, epochs):
     run.log.note(f"model   fit on {len(rows):,} transitions: {result['epochs']} epochs, holdout MSE "
                  f"{run.holdout_mse:.4f} of the variance, u scaled by {run.model.scale.item():.3g}, "
                  f"{time.time() - began:.0f} s")
-    run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # a fit is not the loop
+    run.log.leave_out(began)
 
 
 # ---------------------------------------------------------------------------------------------------------- imagination
@@ -497,7 +496,7 @@ def generate(run):
     run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, "
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
-    run.log.pace = (run.log.pace[0] + time.time() - began, run.log.pace[1])  # a round is not the loop
+    run.log.leave_out(began)
 
 
 def first_thresholds(run, returns, mean_u):

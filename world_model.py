@@ -87,11 +87,13 @@ class WorldModel(nn.Module):
         if self.uncertainty_kind in ("std", "variance"):
             # torch.var along a short first dimension takes thirty times as long, a sixth of a whole step
             variance = (mean - mean.mean(0)).square().mean(0).sum(-1) / root_d**2
-            return self.scale * (variance.sqrt() if self.uncertainty_kind == "std" else variance)
-        if self.uncertainty_kind == "max-distance":
-            return self.scale * (mean - mean.mean(0)).norm(dim=-1).amax(0) / root_d
-        logvar = self(inputs)[1]
-        return self.scale * ((0.5 * logvar).exp() * self.varies).norm(dim=-1).amax(0) / root_d
+            u = variance.sqrt() if self.uncertainty_kind == "std" else variance
+        elif self.uncertainty_kind == "max-distance":
+            u = (mean - mean.mean(0)).norm(dim=-1).amax(0) / root_d
+        else:
+            logvar = self(inputs)[1]
+            u = ((0.5 * logvar).exp() * self.varies).norm(dim=-1).amax(0) / root_d
+        return self.scale * u
 
     @torch.no_grad()
     def predict(self, obs, action):
@@ -162,11 +164,7 @@ class WorldModel(nn.Module):
         n = len(inputs)
         if n < 10:
             raise ValueError(f"{n} transitions are too few to fit a world model: collect at least 10")
-        if held_out is None:
-            held_out = torch.arange(n, device=inputs.device) % 10 == 0
-        held, train = held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
-        held = held[:: 1 + len(held) // 10_000]  # enough to look at
-        stopping, calibrating = held[::2], held[1::2] if len(held) > 1 else held
+        train, held, stopping, calibrating = self._split(inputs, held_out)
         self._normalise(inputs[train], targets[train], torch.cat([obs, next_obs]))  # episodes end in a next_obs
         targets = (targets - self.target_mean) / self.target_std
         boot = train[torch.randint(len(train), (self.members, len(train)), device=train.device)]
@@ -198,18 +196,28 @@ class WorldModel(nn.Module):
             mean, logvar = self(inputs[held])
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
             mse = (mean.mean(0) - targets[held]).square().mean()
+        self.calibrate(obs, action, next_obs, features, held_out)
         rows = [column[calibrating] for column in (obs, action, next_obs, features)]
-        self.calibrate(*rows)
         return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
                 "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": self.error(*rows)}
 
-    def calibrate(self, obs, action, next_obs, features):
-        """Scales u to cover the error for the share `coverage` of these transitions (n, ...), which no member has
-        trained on."""
+    def _split(self, rows, held_out):
+        """Indices of the rows (n, ...) that train, that are held out, and of the latter's halves, which stop a fit and
+        scale u."""
+        if held_out is None:
+            held_out = torch.arange(len(rows), device=rows.device) % 10 == 0
+        held, train = held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
+        held = held[:: 1 + len(held) // 10_000]  # enough to look at
+        return train, held, held[::2], held[1::2] if len(held) > 1 else held
+
+    def calibrate(self, obs, action, next_obs, features, held_out=None):
+        """Scales u to cover the error for the share `coverage` of the held-out half that `fit` leaves for it; the
+        arguments are those of the fit."""
         self.scale.fill_(1.0)
         if self.coverage:
-            error = self.error(obs, action, next_obs, features)
-            self.scale.copy_(self._conformal_scale(self.uncertainty(obs, action), error))
+            calibrating = self._split(obs, held_out)[-1]
+            rows = [column[calibrating] for column in (obs, action, next_obs, features)]
+            self.scale.copy_(self._conformal_scale(self.uncertainty(*rows[:2]), self.error(*rows)))
 
     def _conformal_scale(self, u, error):
         """The quantile of error / u (n,) that covers a new transition with probability `coverage`: the

@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files tha
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from agent import ReplayBuffer
+from agent import ReplayBuffer, soft_bounds
 from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
                      nonnegative, not_below, open_run, positive, read_flags, real, require, require_memory,
@@ -366,9 +365,7 @@ class GaussianPolicy(nn.Module):
 
     @property
     def log_std(self):
-        """In [-5, 2], by soft bounds as the world model's: beyond a clamp's the gradient is 0 for ever."""
-        below = self.LOG_STD_MAX - F.softplus(self.LOG_STD_MAX - self.free_log_std)
-        return self.LOG_STD_MIN + F.softplus(below - self.LOG_STD_MIN)
+        return soft_bounds(self.free_log_std, self.LOG_STD_MIN, self.LOG_STD_MAX)
 
     def log_prob(self, obs, action):
         """log-density before the cut: obs (B, d), action (B, A) -> (B,)."""
