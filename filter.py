@@ -27,22 +27,24 @@ def score_trajectories(reward, uncertainty, valid, terminated, discount):
     return returns.masked_fill(empty, -torch.inf), mean_u.masked_fill(empty, torch.inf)
 
 
-def thresholds(returns, mean_u, return_percentile, u_percentile):
-    """J_th and u_th such that about `return_percentile` % of the trajectories have a lower return and `u_percentile` %
-    a lower mean uncertainty (both from 0 to 100); those without a valid step do not count."""
+def thresholds(returns, mean_u, return_percentile, u_percentile, return_threshold=None, u_threshold=None, mode="dual"):
+    """J_th and u_th of eq. 6: each as given or, where None, such that `return_percentile` % of the trajectories have a
+    lower return, `u_percentile` % a lower mean uncertainty (0 to 100); those without a valid step do not count.
+
+    Where no trajectory meets both, which mode "dual" asks for, a J_th that is not given is that percentile of those
+    that meet u_th.
+    """
     some = returns.isfinite() & mean_u.isfinite()
     if not some.any():
         raise ValueError("no imagined trajectory has a single valid step")
-    quantile = lambda x, percentile: torch.quantile(x[some], percentile / 100).item()
-    return quantile(returns, return_percentile), quantile(mean_u, u_percentile)
-
-
-def met_threshold(returns, mean_u, return_threshold, u_threshold, return_percentile):
-    """J_th, lowered where no trajectory meets it and u_th at once: to `return_percentile` of those that meet u_th."""
-    some = returns.isfinite() & (mean_u <= u_threshold)
-    if not some.any() or returns[some].max() >= return_threshold:
-        return return_threshold
-    return torch.quantile(returns[some], return_percentile / 100).item()
+    quantile = lambda x, percentile: torch.quantile(x, percentile / 100).item()
+    u_th = quantile(mean_u[some], u_percentile) if u_threshold is None else u_threshold
+    if return_threshold is not None:
+        return return_threshold, u_th
+    j_th, certain = quantile(returns[some], return_percentile), returns[some & (mean_u <= u_th)]
+    if mode == "dual" and len(certain) and certain.max() < j_th:
+        j_th = quantile(certain, return_percentile)
+    return j_th, u_th
 
 
 def accept(returns, mean_u, return_threshold, u_threshold, mode="dual"):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
-from filter import MODES, accept, met_threshold, relabel, score_trajectories, thresholds, to_transitions
+from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
 from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
@@ -480,10 +480,13 @@ def generate(run):
     """One round of section 4.3: imagine with MPC under the source's reward, score, filter, append to D_S."""
     args, began = run.args, time.time()
     trajectories = imagine_mpc(run)
-    returns, mean_u = score(run, trajectories)
+    rewards = run.source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
+    returns, mean_u = score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"],
+                                         trajectories["terminated"], args.discount)
     try:
         if run.thresholds is None:
-            run.thresholds = first_thresholds(run, returns, mean_u)
+            run.thresholds = list(thresholds(returns, mean_u, args.return_percentile, args.u_percentile,
+                                             args.return_threshold, args.u_threshold, args.filter))
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
     except ValueError as error:
         if run.offline_data.size == 0:
@@ -497,18 +500,6 @@ def generate(run):
                  f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
     run.log.leave_out(began)
-
-
-def first_thresholds(run, returns, mean_u):
-    """[J_th, u_th] as given, else the round's percentiles; J_th is lowered where none meets both."""
-    args, given = run.args, (run.args.return_threshold, run.args.u_threshold)
-    found = thresholds(returns, mean_u, args.return_percentile, args.u_percentile)
-    j_th, u_th = (f if g is None else g for f, g in zip(found, given))
-    if args.filter == "dual" and given[0] is None:
-        before, j_th = j_th, met_threshold(returns, mean_u, j_th, u_th, args.return_percentile)
-        if j_th < before:
-            run.log.note(f"D_S     no trajectory meets both percentiles: J_th falls from {before:.4g} to {j_th:.4g}")
-    return [j_th, u_th]
 
 
 def imagine_mpc(run):
@@ -531,18 +522,11 @@ def imagine_mpc(run):
     return imagine(run.model.step, source.env.task.terminated, planner(run).act, starts, length, trust_limit(run))
 
 
-def score(run, trajectories):
-    """J under r_S and mean u of eq. 6, (N,) each."""
-    rewards = run.source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
-    return score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"], trajectories["terminated"],
-                              run.args.discount)
-
-
 def refresh_uncertainty(run):
     """u of all of D_S, by the model as it is now."""
     data = run.offline_data.filled()
-    for rows in torch.arange(run.offline_data.size, device=run.args.device).split(8192):
-        data["uncertainty"][rows] = run.model.uncertainty(data["obs"][rows], data["action"][rows])
+    chunks = zip(data["obs"].split(8192), data["action"].split(8192))
+    data["uncertainty"][:] = torch.cat([run.model.uncertainty(*chunk) for chunk in chunks])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

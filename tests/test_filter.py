@@ -56,7 +56,8 @@ def test_thresholds_are_percentiles(percentile):
     """Of 101 values 0, 1, ..., 100 in any order; trajectories without a valid step do not count."""
     returns, mean_u = torch.randperm(101).float(), torch.randperm(101).float() / 100
     empty = torch.full((30,), math.inf)
-    found = thresholds(torch.cat([returns, -empty]), torch.cat([mean_u, empty]), percentile, 100 - percentile)
+    found = thresholds(torch.cat([returns, -empty]), torch.cat([mean_u, empty]), percentile, 100 - percentile,
+                       mode="return")
     assert found == pytest.approx((percentile, (100 - percentile) / 100), abs=1e-4)
     passed = accept(returns, mean_u, *found, mode="return")
     assert abs(passed.sum() - (101 - percentile)) <= 1  # float32 interpolation may leave out the value itself

@@ -307,19 +307,24 @@ def test_each_step_uses_the_right_tasks_reward(backward, tmp_path, monkeypatch):
     r_t = lambda d: d["features"][..., 0] + 1.0 - 1e-3 * d["action"].square().sum(-1)
     r_s = lambda d: -d["features"][..., 0] + 1.0 - 1e-3 * d["action"].square().sum(-1)
 
-    def watch_score(original, run, trajectories):
-        planned = wombet.planner(run).reward(*(trajectories[k] for k in ("obs", "action", "next_obs", "features")))
-        torch.testing.assert_close(planned, r_s(trajectories))
-        returns, mean_u = original(run, trajectories)
-        whole = trajectories["valid"].all(1)
-        by_hand = (r_s(trajectories) * 0.99 ** torch.arange(10)).sum(1)
-        torch.testing.assert_close(returns[whole], by_hand[whole])
-        assert whole.any()
-        return returns, mean_u
+    seen, score = [], wombet.score_trajectories
+
+    def watch_imagine(original, run):
+        seen.append(original(run))
+        planned = wombet.planner(run).reward(*(seen[0][key] for key in ("obs", "action", "next_obs", "features")))
+        torch.testing.assert_close(planned, r_s(seen[0]))
+        return seen[0]
+
+    def watch_score(reward, uncertainty, valid, terminated, discount):
+        assert valid.any() and discount == 0.99 and uncertainty is seen[0]["uncertainty"]
+        torch.testing.assert_close(reward, r_s(seen[0]))
+        seen.append(reward)
+        return score(reward, uncertainty, valid, terminated, discount)
 
     flags = ["--source-run", backward, "--source", "backward"]
     with monkeypatch.context() as patch:
-        assert until(patch, tmp_path, "score", watch_score, *flags)[0] == 0
+        patch.setattr(wombet, "score_trajectories", watch_score)
+        assert until(patch, tmp_path, "imagine_mpc", watch_imagine, *flags)[0] == 0 and len(seen) == 2
     first = np.load(tmp_path / backward.name / "first_dataset.npz")
     np.testing.assert_allclose(first["rewards"], r_t({"features": torch.from_numpy(first["features"]),
                                                       "action": torch.from_numpy(first["actions"])}), rtol=1e-5)
