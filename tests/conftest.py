@@ -20,8 +20,10 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """Seeds torch, and keeps what MuJoCo logs to the working directory out of the repository."""
+    """Seeds torch, takes back the precision that a program before has set, and keeps what MuJoCo logs to the working
+    directory out of the repository."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
     monkeypatch.chdir(tmp_path)
 
 

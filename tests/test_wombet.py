@@ -126,14 +126,11 @@ def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatc
 @pytest.mark.parametrize("fast, precision", [("off", "highest"), ("auto", "medium")])
 def test_fast(tmp_path, capsys, fast, precision):
     """What the flag stands for is in force and in config.json; a short run is not compiled."""
-    try:
-        code, folder = run(tmp_path, "--no-prior", "--target-steps", 70, "--fast", fast)
-        speed = json.loads((folder / "config.json").read_text())["speed"]
-        assert code == 0 and torch.get_float32_matmul_precision() == precision == speed["precision"]
-        assert speed["compile"] is False and f"not compiled, products in {speed['dtype']} (--fast {fast})" in (
-            capsys.readouterr().out)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    code, folder = run(tmp_path, "--no-prior", "--target-steps", 70, "--fast", fast)
+    speed = json.loads((folder / "config.json").read_text())["speed"]
+    assert code == 0 and torch.get_float32_matmul_precision() == precision == speed["precision"]
+    assert speed["compile"] is False and f"not compiled, products in {speed['dtype']} (--fast {fast})" in (
+        capsys.readouterr().out)
 
 
 def test_what_fast_stands_for(monkeypatch):
@@ -173,6 +170,7 @@ print(peak())
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_run(tmp_path):
     """1,020,000 real transitions and 50,000 in D_S: an update takes no copy of them, fit and checkpoint stay small."""
     root = Path(wombet.__file__).parent
@@ -607,8 +605,9 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert wombet.load(path, "cpu", "wombet")["x"] == 1
 
 
-def test_gif(base, tmp_path, capsys):
-    code = wombet.main(["--evaluate", str(base), "--gif", str(tmp_path / "a.gif")])
+def test_gif(tmp_path, capsys):
+    _, folder = run(tmp_path, "--no-prior", "--target-steps", 70, "--episode-steps", 20)
+    code = wombet.main(["--evaluate", str(folder), "--gif", str(tmp_path / "a.gif")])
     if code == 2 and "cannot draw" in capsys.readouterr().err:
         pytest.skip("this machine has no OpenGL to draw with (EGL, OSMesa or a screen)")
     assert code == 0 and (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
