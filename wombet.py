@@ -53,7 +53,6 @@ def build_parser():
                    "D4RL's keys, no phases 1 and 2")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
-    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
@@ -168,9 +167,6 @@ def check_args(args):
     require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     require(args.prior or not (args.offline_data or args.source_run),
             "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
-    no_data = not args.prior or not (args.offline_data or args.keep_source_data or args.alpha_rule == "adaptive"
-                                     or args.alpha)
-    require(not (args.pretrain_updates and no_data), "--pretrain-updates needs data: imagined, of the source, or a file's")
 
 
 ANEW = ("source_steps", "target_steps", "lr", "model_lr")  # what --resume takes and heeds, beside harness.ANEW
@@ -197,7 +193,7 @@ def build(args, run_dir):
         "offline_capacity": learns_source * args.offline_capacity,
         "source_steps": learns_source * args.source_steps + pooled})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
-                          phase="source" if learns_source else "pretrain", thresholds=None, acceptance=None,
+                          phase="source" if learns_source else "switch", thresholds=None, acceptance=None,
                           best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
 
     def side(source, capacity, offset):
@@ -274,7 +270,7 @@ def load_side(side, state):
         setattr(side, key, state[key])
 
 
-PHASES = ("source", "generate", "pretrain", "target", "done")
+PHASES = ("source", "generate", "switch", "target", "done")
 
 
 def load_state_dict(run, state):
@@ -402,18 +398,6 @@ def update(run, side):
     if side is run.target:
         run.mix.update(info)
     return info
-
-
-def pretrain(run):
-    """Updates before the first target step, on what is there, with a round of imagination as often as in learning."""
-    args, side = run.args, run.target
-    while side.updates < args.pretrain_updates:
-        stop_if_interrupted(run, state_dict)
-        if imagines(run) and args.imagine_every and side.updates // args.utd % args.imagine_every == 0:
-            imagine_round(run)
-        update(run, side)
-        if side.updates // args.utd % args.checkpoint_every == 0:
-            save(run.dir / "checkpoint.pt", state_dict(run))
 
 
 def fit(run, epochs):
@@ -568,10 +552,9 @@ def train(args):
         if args.warm_start:
             # Deviation: the paper plans without a policy and learns one in the target task alone
             run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
-        run.phase = "pretrain"
-    if run.phase == "pretrain":
+        run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
-        pretrain(run)
+    if run.phase == "switch":
         report(run, "target", {})  # row 0: the return before the first target step
         run.phase = "target"
         save(run.dir / "checkpoint.pt", state_dict(run))

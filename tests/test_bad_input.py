@@ -704,27 +704,6 @@ def test_sigterm_during_an_evaluation(runs, tmp_path, monkeypatch, program, numb
     assert strip(ours["rows"]) == strip(theirs["rows"])
 
 
-def test_sigterm_while_pretraining(runs, tmp_path, monkeypatch):
-    """As many updates as without it, and the same."""
-    flags = ["--source-run", runs["wombet"], "--pretrain-updates", "10"]
-    _, whole = tiny("wombet", tmp_path, *flags, name="whole")
-    original, count = wombet.update, [0]
-
-    def update(*args):
-        count[0] += 1
-        if count[0] == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(wombet, "update", update)
-    code, folder = tiny("wombet", tmp_path, *flags)
-    assert code == 130 and load(folder / "checkpoint.pt", "cpu", "wombet")["target"]["updates"] == 4
-    assert start("wombet", "--resume", folder) == 0
-    ours, theirs = (load(f / "checkpoint.pt", "cpu", "wombet")["target"] for f in (folder, whole))
-    assert ours["updates"] == theirs["updates"] == 50
-    assert torch.equal(ours["agent"]["critic"]["weights.0"], theirs["agent"]["critic"]["weights.0"])
-
-
 def test_threads_follow_the_affinity_mask(monkeypatch, capsys):
     assert wombet.parse_args([]).threads == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)

@@ -230,7 +230,6 @@ TARGET_FLAGS = {
     "the first round alone": ["--imagine-every", "0"], "MPC's rounds": ["--imagine-with", "mpc"],
     "new agent": ["--no-warm-start"], "without real source data": ["--no-keep-source-data"],
     "D_S from the environment": ["--generate-in", "env"], "members": ["--expectation", "members"],
-    "pretrain": ["--pretrain-updates", "10"],
     "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
     "actor on min": ["--actor-q", "min"], "no average": ["--actor-average", "1"],
     "no entropy": ["--no-backup-entropy"], "no entropy for the actor": ["--no-actor-entropy"],
@@ -247,7 +246,7 @@ def test_target_flags(base, tmp_path, flags):
     ours, theirs = rows(folder), rows(base)
     assert ours[:3] == theirs[:3]  # the source phase is the other run's
     assert ours[4:] != theirs[4:]
-    if "--no-warm-start" not in flags and "--pretrain-updates" not in flags:
+    if "--no-warm-start" not in flags:
         assert ours[3]["return_mean"] == theirs[3]["return_mean"]  # row 0 is the source's agent
     if "fixed" in flags:
         assert {r["alpha"] for r in ours[3:]} == {str(float(flags[-1]))}
@@ -257,8 +256,6 @@ def test_target_flags(base, tmp_path, flags):
         assert float(ours[-1]["acceptance"]) >= 0.75 > float(theirs[-1]["acceptance"])
     if "--imagine-every" in flags:
         assert len({r["offline_size"] for r in ours[3:]}) == 1
-    if "--pretrain-updates" in flags:
-        assert int(ours[3]["updates"]) == 10 and int(ours[-1]["updates"]) == int(theirs[-1]["updates"]) + 10
     if "env" in flags:
         assert int(ours[-1]["source_steps"]) > 150
 
@@ -485,8 +482,6 @@ BAD = {
     "random actions alone": ["--random-steps", "150"],
     "alone, from scratch": ["--no-prior", "--random-steps", "120"],
     "a round larger than D_S": ["--offline-capacity", "79"],
-    "nothing to pretrain on": ["--no-prior", "--pretrain-updates", "5"],
-    "nor here": ["--no-keep-source-data", "--alpha-rule", "fixed", "--alpha", "0", "--pretrain-updates", "5"],
     "preset": ["--preset", "x"],
     "device": ["--device", "cuda:7"],
     "nonsense device": ["--device", "abacus"],
