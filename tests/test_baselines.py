@@ -541,8 +541,9 @@ def test_fast_reaches_networks_and_model(method):
     assert method in ("sac", "cql") or agent.imagination.model.inference_dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("method", [DelayedSAC, pytest.param(CQL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", [DelayedSAC, CQL])
 def test_compiled_gradients_are_the_same(method):
     critics = []
     for compiled in (False, True):
