@@ -82,6 +82,7 @@ def to_transitions(trajectories, passed, reward):
 
 
 def relabel(transitions, reward):
-    """Transitions {key: (n, ...)} under r_T (section 4.3), called as reward(obs, action, next_obs, features)."""
+    """Transitions {key: (n, ...)}, or trajectories {key: (N, T, ...)}, under another reward (r_T in section 4.3),
+    called as reward(obs, action, next_obs, features)."""
     keys = ("obs", "action", "next_obs", "features")
     return {**transitions, "reward": reward(*(transitions[key] for key in keys))}

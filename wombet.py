@@ -464,7 +464,7 @@ def generate(run):
     """One round of section 4.3: imagine with MPC under the source's reward, score, filter, append to D_S."""
     args, began = run.args, time.time()
     trajectories = imagine_mpc(run)
-    rewards = run.source.env.task.reward(*(trajectories[key] for key in ("obs", "action", "next_obs", "features")))
+    rewards = relabel(trajectories, run.source.env.task.reward)["reward"]
     returns, mean_u = score_trajectories(rewards, trajectories["uncertainty"], trajectories["valid"],
                                          trajectories["terminated"], args.discount)
     try:
