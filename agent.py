@@ -1,7 +1,7 @@
-"""Soft actor-critic that learns from a mix of offline and online data (sections 4.4 to 4.6 of the paper).
+"""Soft actor-critic that learns from a mix of offline and online data (sections 4.4 and 4.5 of the paper).
 
-Replay buffer, squashed-Gaussian actor, ensemble of LayerNorm critics (one batched network), the update of the RLPD
-family (Ball et al., 2023) with the penalised target of eq. 7, and the adaptive share of offline data.
+Squashed-Gaussian actor, ensemble of LayerNorm critics (one batched network), and the update of the RLPD family (Ball et
+al., 2023) with the penalised target of eq. 7. Its batches come from replay.py.
 """
 
 import copy
@@ -10,114 +10,6 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-
-class ReplayBuffer:
-    """Ring buffer of transitions, as preallocated tensors on one device.
-
-    Args:
-        capacity: number of transitions; beyond it the oldest are overwritten.
-        shapes: shape of one entry under each key, for example obs=(17,), reward=().
-    """
-
-    def __init__(self, capacity, device="cpu", **shapes):
-        self.capacity, self.size, self.position = capacity, 0, 0
-        self.data = {key: torch.zeros((capacity, *shape), device=device) for key, shape in shapes.items()}
-
-    def add(self, **entries):
-        """Appends one transition (entries of the keys' shapes) or n (with a leading dimension n <= capacity)."""
-        first = next(iter(self.data))
-        single = torch.as_tensor(entries[first]).dim() == self.data[first].dim() - 1
-        n = 1 if single else len(entries[first])
-        if n > self.capacity:
-            raise ValueError(f"{n} transitions do not fit a buffer of {self.capacity}")
-        if self.position + n <= self.capacity:
-            where = slice(self.position, self.position + n)
-        else:
-            where = torch.arange(self.position, self.position + n) % self.capacity
-        for key, values in self.data.items():
-            values[where] = torch.as_tensor(entries[key], dtype=values.dtype, device=values.device)
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
-
-    def sample(self, *shape, first=0):
-        """Independent uniform draws from the filled rows, from row `first` on: each key as (*shape, ...)."""
-        some = next(iter(self.data.values()))
-        rows = torch.randint(first, self.size, shape, device=some.device)
-        return {key: values[rows] for key, values in self.data.items()}
-
-    def filled(self):
-        """The filled rows, as views: each key (size, ...)."""
-        return {key: values[: self.size] for key, values in self.data.items()}
-
-    def state_dict(self):
-        rows = {key: values.clone() for key, values in self.filled().items()}  # not the empty rest of the storage
-        return {"position": self.position, "rows": rows}
-
-    def load_state_dict(self, state):
-        self.size = len(next(iter(state["rows"].values())))
-        self.position = state["position"] or self.size % self.capacity  # a full buffer may go on in a larger one
-        for key, values in state["rows"].items():
-            self.data[key][: self.size] = values
-
-
-def mixed_batch(offline, online, alpha, batch_size, slices):
-    """Batches from D_mix = alpha D_S + (1 - alpha) D_T (section 4.4), the share held in every slice.
-
-    Args:
-        offline, online: ReplayBuffer D_S (None: no offline data) and D_T (it may still be empty).
-        alpha: share of D_S; batch_size: of one critic update; slices: number of critic updates (UTD).
-
-    Returns ({key: (slices, batch_size, ...)}, n_offline): the first n_offline rows of every slice are from D_S.
-    """
-    n_offline = 0 if offline is None else batch_size if online.size == 0 else round(alpha * batch_size)
-    if n_offline == 0:
-        return online.sample(slices, batch_size), 0
-    batch = offline.sample(slices, n_offline)
-    if n_offline < batch_size:
-        recent = online.sample(slices, batch_size - n_offline)
-        batch = {key: torch.cat([batch[key], recent[key]], 1) for key in recent}
-    return batch, n_offline
-
-
-class AdaptiveMix:
-    """Share of D_S in a batch, from the TD error on online data (section 4.6).
-
-    delta_bar <- (1 - ema) delta_bar + ema delta,  alpha = clip(gain * delta_bar, alpha_min, alpha_max),
-    where delta is the mean absolute TD error.
-
-    Args:
-        fixed: a constant share instead (the paper's ablation), or None.
-        signed: the paper's formula to the letter, (1 - ema) delta_k-1 + ema delta_k of the mean signed error.
-            Deviation: not the default, for the signed error can pin alpha at its minimum; the paper's prose says
-            absolute.
-    """
-
-    def __init__(self, gain, alpha_min, alpha_max, ema, fixed=None, signed=False):
-        self.gain, self.alpha_min, self.alpha_max, self.ema = gain, alpha_min, alpha_max, ema
-        self.fixed, self.signed = fixed, signed
-        self.td_error = self.last = None  # delta_bar and delta; before the first measurement D_S is trusted most
-
-    def update(self, info):
-        """info: what `SAC.update` returns. A batch without online data has no TD error, and changes nothing."""
-        delta = float(info["signed_td_error" if self.signed else "td_error"])
-        if math.isfinite(delta):
-            before = delta if self.last is None else self.last if self.signed else self.td_error
-            self.td_error, self.last = (1 - self.ema) * before + self.ema * delta, delta
-
-    @property
-    def alpha(self):
-        if self.fixed is not None:
-            return self.fixed
-        if self.td_error is None:
-            return self.alpha_max
-        return min(max(self.gain * self.td_error, self.alpha_min), self.alpha_max)
-
-    def state_dict(self):
-        return {"td_error": self.td_error, "last": self.last}
-
-    def load_state_dict(self, state):
-        self.td_error, self.last = (None if state[key] is None else float(state[key]) for key in ("td_error", "last"))
 
 
 def affine(x, weight, bias, dtype=torch.float32):

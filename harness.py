@@ -41,7 +41,7 @@ except ImportError:  # Windows: two processes in one folder are then not noticed
 import numpy as np
 import torch
 
-from agent import ReplayBuffer
+from replay import ReplayBuffer
 from tasks import evaluate, first_observations, make_task
 
 # env_steps: of the target; updates: of the critics; wall_clock: s; return_*, length_mean: over the evaluation's

@@ -9,8 +9,8 @@
              Every --imagine-every steps it is rolled out in the model under the target's reward, and D_S keeps the
              newest; every --refit-every steps the model is refit on all real data.
 
-The maths is in tasks.py, world_model.py, mpc.py, filter.py and agent.py; this file wires them. What it shares with
-the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
+The maths is in tasks.py, world_model.py, mpc.py, filter.py, replay.py and agent.py; this file wires them. What it
+shares with the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from agent import SAC, AdaptiveMix, ReplayBuffer, mixed_batch
+from agent import SAC
 from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
 from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
@@ -33,6 +33,7 @@ from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_ro
                      nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return, require,
                      require_memory, run_program, same_flags, save, save_dataset, show, some_path, source_quantities,
                      stop_if_interrupted, stop_if_not_finite, store_step, write_config)
+from replay import AdaptiveMix, ReplayBuffer, mixed_batch
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
 

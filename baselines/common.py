@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from agent import ReplayBuffer, soft_bounds
+from agent import soft_bounds
 from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
                      nonnegative, not_below, open_run, positive, read_flags, real, require, require_memory,
                      run_program, save, save_dataset, show, some_path, source_quantities, stop_if_interrupted,
                      stop_if_not_finite, store_step, write_config)
+from replay import ReplayBuffer
 from tasks import TaskEnv
 
 # ---------------------------------------------------------------------------------------------------------- arguments

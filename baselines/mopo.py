@@ -18,8 +18,8 @@ import sys
 
 import torch
 
-import common  # before agent: it puts the repository's root on the path
-from agent import ReplayBuffer, mixed_batch
+import common  # before replay: it puts the repository's root on the path
+from replay import ReplayBuffer, mixed_batch
 from sac import DelayedSAC, sac_arguments, sac_switches
 from world_model import WorldModel
 

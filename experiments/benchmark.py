@@ -32,9 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import wombet  # noqa: E402
-from agent import SAC, mixed_batch  # noqa: E402
+from agent import SAC  # noqa: E402
 from harness import count, keep_freed_memory, require  # noqa: E402
 from mpc import MPC, imagine  # noqa: E402
+from replay import mixed_batch  # noqa: E402
 from world_model import WorldModel  # noqa: E402
 
 # HalfCheetah has Walker2d's sizes, and no termination, so that no rollout ends before its length; and the loops alone

@@ -1,4 +1,4 @@
-"""Agent: the targets of eqs. 7 and 9, the update, learning on closed forms, mixing, the buffer."""
+"""Agent: the targets of eqs. 7 and 9, the update, learning on closed forms."""
 
 import copy
 import math
@@ -10,7 +10,8 @@ import torch
 from torch import distributions as dist
 from torch import nn
 
-from agent import SAC, Actor, AdaptiveMix, ReplayBuffer, mixed_batch
+from agent import SAC, Actor
+from replay import ReplayBuffer, mixed_batch
 
 
 def constant(critic, values):
@@ -273,37 +274,6 @@ def test_state_dict_continues_identically():
     assert len(results[0]) > 50 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def info(td_error, signed=0.0):
-    return {"td_error": td_error, "signed_td_error": signed}
-
-
-def test_adaptive_mix():
-    """The moving average and its clip on a given sequence; before any measurement, and without online data."""
-    mix, alphas = AdaptiveMix(gain=0.5, alpha_min=0.1, alpha_max=0.9, ema=0.25), []
-    mix.update(info(math.nan))
-    assert mix.alpha == 0.9
-    for td_error in (1.0, 0.6, math.nan, 0.0, math.inf, 9.0):
-        mix.update(info(td_error, signed=-5.0))
-        alphas.append(mix.alpha)
-    assert alphas == pytest.approx([0.5, 0.45, 0.45, 0.3375, 0.3375, 0.9])  # .5 (.75 * .675 + .25 * 9) is above .9
-    assert mix.td_error == pytest.approx(0.75 * 0.675 + 0.25 * 9)
-    for _ in range(20):
-        mix.update(info(0.0))
-    assert mix.alpha == 0.1
-    fixed = AdaptiveMix(gain=0.5, alpha_min=0.1, alpha_max=0.9, ema=0.25, fixed=0.0)
-    fixed.update(info(5.0))
-    assert fixed.alpha == 0.0
-
-
-def test_adaptive_mix_by_the_papers_formula():
-    """(1 - ema) delta_k-1 + ema delta_k of the signed error: no memory beyond one step."""
-    mix, seen = AdaptiveMix(gain=1.0, alpha_min=0.0, alpha_max=9.0, ema=0.25, signed=True), []
-    for signed in (1.0, 2.0, -8.0, 4.0):
-        mix.update(info(99.0, signed))
-        seen.append((mix.td_error, mix.alpha))
-    assert seen == [(1.0, 1.0), (1.25, 1.25), (-0.5, 0.0), (-5.0, 0.0)]
-
-
 @pytest.mark.parametrize("actor_entropy", [True, False])
 def test_entropy_in_the_actors_loss(actor_entropy):
     sac = SAC(3, 2, hidden=(8,), init_temperature=0.5, actor_entropy=actor_entropy)
@@ -313,63 +283,6 @@ def test_entropy_in_the_actors_loss(actor_entropy):
     expected = -sac.critic(obs, action).mean() + actor_entropy * 0.5 * log_prob.mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(mean_log_prob, log_prob.mean())
-
-
-def test_samples_from_a_row_on():
-    assert marked(9, *range(9)).sample(200, first=6)["reward"].unique().tolist() == [6, 7, 8]
-
-
-def marked(capacity, *values):
-    buffer = ReplayBuffer(capacity, obs=(2,), reward=())
-    for value in values:
-        buffer.add(obs=[value, -value], reward=value)
-    return buffer
-
-
-@pytest.mark.parametrize("alpha, n_offline", [(0.0, 0), (0.3, 3), (0.5, 5), (0.999, 10), (1.0, 10)])
-def test_mixed_batch_holds_the_share_in_every_slice(alpha, n_offline):
-    prior, online = marked(20, *range(1, 16)), marked(20, *range(101, 116))
-    batch, found = mixed_batch(prior, online, alpha, 10, 50)
-    assert found == n_offline and batch["obs"].shape == (50, 10, 2) and batch["reward"].shape == (50, 10)
-    assert (batch["reward"][:, :n_offline] < 100).all() and (batch["reward"][:, n_offline:] > 100).all()
-    assert torch.equal(batch["obs"], torch.stack([batch["reward"], -batch["reward"]], -1))  # rows stay whole
-    assert len({tuple(row) for row in batch["reward"].tolist()}) == 50  # each slice is drawn anew
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_mixed_batch_without_one_side(alpha):
-    some, empty = marked(9, 1, 2, 3), marked(9)
-    batch, n_offline = mixed_batch(some, empty, alpha, 8, 2)
-    assert n_offline == 8 and batch["reward"].min() >= 1
-    batch, n_offline = mixed_batch(None, some, alpha, 8, 2)
-    assert n_offline == 0 and batch["reward"].shape == (2, 8) and batch["reward"].min() >= 1
-
-
-def test_buffer_wraps_around_and_samples_what_is_filled():
-    buffer = marked(7, 1, 2, 3)
-    drawn = buffer.sample(3000)["reward"]
-    assert sorted(buffer.filled()["reward"].tolist()) == [1, 2, 3]  # the empty rows are 0
-    assert [(drawn == k).float().mean().item() for k in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.05)
-    buffer.add(obs=np.full((3, 2), 4.0), reward=np.array([4, 5, 6]))
-    buffer.add(obs=torch.zeros(3, 2), reward=torch.tensor([7, 8, 9]))
-    assert buffer.size == 7 and sorted(buffer.filled()["reward"].tolist()) == [3, 4, 5, 6, 7, 8, 9]
-    assert buffer.sample(4, 5)["obs"].shape == (4, 5, 2) and buffer.sample(500)["reward"].min() == 3
-    assert sorted(marked(7, *range(50)).filled()["reward"].tolist()) == list(range(43, 50))
-    with pytest.raises(ValueError, match="8 transitions do not fit a buffer of 7"):
-        buffer.add(obs=torch.zeros(8, 2), reward=torch.zeros(8))
-
-
-@pytest.mark.parametrize("n", [0, 3, 7, 10])
-def test_buffer_state(n):
-    """What was filled, and where the next row goes: both buffers go on alike; later rows do not reach the state."""
-    buffer, other = marked(7, *range(1, n + 1)), marked(7, *range(50, 55))
-    state = buffer.state_dict()
-    buffer.add(obs=[0, 0], reward=20)
-    other.load_state_dict(state)
-    other.add(obs=[0, 0], reward=20)
-    assert other.size == buffer.size and torch.equal(other.filled()["obs"], buffer.filled()["obs"])
-    assert torch.equal(other.filled()["reward"], buffer.filled()["reward"])
-    assert len(state["rows"]["reward"]) == min(n, 7) and 20 not in state["rows"]["reward"]
 
 
 @pytest.mark.parametrize("log_std", [-40.0, 0.0, 30.0])

@@ -23,9 +23,9 @@ import torch
 import harness
 import tasks
 import wombet
-from agent import ReplayBuffer
 from filter import accept, thresholds
 from harness import claimed, load, load_dataset, recent_return, run_folder, save
+from replay import ReplayBuffer
 from tasks import TaskEnv
 from world_model import WorldModel
 

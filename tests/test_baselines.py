@@ -16,7 +16,6 @@ import torch
 
 import common  # baselines/ is on the path (pytest.ini)
 import plot
-from agent import ReplayBuffer
 from awac import AWAC, weights
 from bc import BC
 from combo import COMBO
@@ -24,6 +23,7 @@ from cql import CQL
 from iql import IQL, expectile_loss, reward_scale
 from mopo import MOPO, Imagination
 from ppo import PPO, RunningMoments, advantages, clipped_objective, clipped_value_loss
+from replay import ReplayBuffer
 from sac import DelayedSAC
 from tasks import TaskEnv
 from td3 import TD3

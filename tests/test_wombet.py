@@ -14,8 +14,8 @@ import torch
 
 import tasks
 import wombet
-from agent import ReplayBuffer
 from harness import COLUMNS, recent_return
+from replay import ReplayBuffer
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
           --random-steps 60 --snapshot-window 40 --hidden 32 --model-hidden 32 --model-layers 2 --model-epochs 2
