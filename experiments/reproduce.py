@@ -104,6 +104,14 @@ def control(b):
         yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
 
 
+def parts(b):
+    """A new agent in the target task, given what is imagined alone (the paper's transfer), or the real data alone."""
+    for env in b.envs:
+        yield from (default(b, env, seed) for seed in b.few)
+        for name, flags in {"model": ("--no-keep-source-data",), "data": NOTHING_IMAGINED}.items():
+            yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *flags) for seed in b.few)
+
+
 def fig2(b):
     """WOMBET against the same agent from scratch, and against SAC, TD3 and PPO with twice the target steps."""
     for env in b.envs:
@@ -199,7 +207,7 @@ def baselines(b):
         yield new_job(b, "baselines", "baselines/ppo.py", env, "ppo", b.few[0])
 
 
-ALL = {f.__name__: f for f in (control, fig2, fig5, fig6, preset, shift, fig3, fig4, bound)}
+ALL = {f.__name__: f for f in (control, parts, fig2, fig5, fig6, preset, shift, fig3, fig4, bound)}
 TOPICS = {**ALL, "baselines": baselines}
 
 
