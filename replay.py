@@ -1,5 +1,5 @@
-"""Where an agent's batches come from: replay buffers, the mix of offline and online data (section 4.4), and the share of
-each (section 4.6)."""
+"""Where an agent's batches come from: replay buffers, the mix of offline and online data (section 4.4), and the share
+of each (section 4.6)."""
 
 import math
 
@@ -78,7 +78,8 @@ class AdaptiveMix:
     """Share of D_S in a batch, from the TD error on online data (section 4.6).
 
     delta_bar <- (1 - ema) delta_bar + ema delta,  alpha = clip(gain * delta_bar, alpha_min, alpha_max),
-    where delta is the mean absolute TD error.
+    where delta is the mean absolute TD error on rows of the online buffer (B_T in the paper). Deviation: wombet.py has
+    put the source's real data into that buffer too (--keep-source-data).
 
     Args:
         fixed: a constant share instead (the paper's ablation), or None.

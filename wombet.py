@@ -114,7 +114,7 @@ def build_parser():
 
     g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
     g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
-    g.add_argument("--min-critics", type=count, default=2, help="M, size of the random subset under the target's min")
+    g.add_argument("--min-critics", type=amount, default=2, help="M, critics under the target's min, drawn anew; 0: all")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
     g.add_argument("--actor-average", type=fraction, default=1e-3, help="rate of the evaluated actor's average")
     g.add_argument("--utd", type=count, default=8, help="critic updates per environment step")
@@ -141,13 +141,14 @@ PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", 
          "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000, "refit_on_imagined": True,
          "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15, "population": 128, "elites": 16,
          "iterations": 3, "init_std": 0.5, "expectation": "members", "uncertainty": "variance", "coverage": 0.0,
-         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "min_critics": 5, "actor_q": "min",
+         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "min_critics": 0, "actor_q": "min",
          "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False, "snapshot_window": 0,
          "td_error": "signed"}
 
 
 def check_args(args):
     require(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
+    require(args.alpha_rule == "fixed" or args.alpha == 0.5, f"--alpha {args.alpha} needs --alpha-rule fixed")
     require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
             f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
@@ -203,7 +204,7 @@ def build(args, run_dir):
                                      **(source_quantities(args) if source else {}))
         env = make_env(seed=2 * args.seed + offset)
         evaluation = [make_env() for _ in range(args.eval_episodes)]
-        agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics,
+        agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics or args.critics,
                     hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
                     backup_entropy=args.backup_entropy, actor_entropy=args.actor_entropy, actor_q=args.actor_q,

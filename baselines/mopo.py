@@ -122,8 +122,9 @@ def model_flags(parser, real_ratio):
 def make_imagination(args, env, penalty_coef=0.0, uncertainty="aleatoric"):
     # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
     model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
-                       layers=args.model_layers, uncertainty_kind=uncertainty, compile=args.speed["compile"],
-                       inference_dtype=args.speed["dtype"], fit_dtype=args.speed["dtype"]).to(args.device)
+                       layers=args.model_layers, uncertainty_kind=uncertainty, coverage=0.0,
+                       compile=args.speed["compile"], inference_dtype=args.speed["dtype"],
+                       fit_dtype=args.speed["dtype"]).to(args.device)
     return Imagination(model, env.task.terminated, rollout_batch=args.rollout_batch, penalty_coef=penalty_coef,
                        rollout_length=args.rollout_length, rollout_every=args.rollout_every,
                        retain=args.rollout_retain, real_ratio=args.real_ratio,

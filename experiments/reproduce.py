@@ -471,7 +471,7 @@ def main(argv=None):
         if not pending:
             return 0
         return submit(pending, b, args) if args.slurm else run_all(pending, args.jobs, b)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a second one

@@ -485,7 +485,7 @@ def test_rows_that_hold_the_next_episodes_first_observation_are_left_out(tmp_pat
     data["next_observations"][[4, 9]] = data["observations"][[5, 10]]
     data["timeouts"][9], data["terminals"][9] = False, True
     found = loaded(tmp_path, data)
-    assert "2 of 12 rows left out" in capsys.readouterr().out
+    assert "2 of 12 rows left out (1 of them terminal)" in capsys.readouterr().out
     assert found["reward"].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11]
     assert found["reward"][found["timeout"] > 0].tolist() == [3, 8, 11] and found["terminated"].sum() == 0
     assert ((found["next_obs"] - found["obs"]) == 1).all()
@@ -566,6 +566,15 @@ def test_two_processes_in_one_folder(runs, tmp_path, capsys):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert start("sac", "--resume", folder, "--target-steps", "41") == 0
+
+
+@pytest.mark.parametrize("program", ["wombet", "sac"])
+def test_a_run_without_a_gpu_plays_where_there_is_one(runs, monkeypatch, program):
+    """And one with a GPU where there is none: a checkpoint has the same parts everywhere."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.get_rng_state()])
+    assert start(program, "--evaluate", runs[program], "--device", "cpu") == 0
 
 
 @pytest.mark.parametrize("file", ["checkpoint.pt", "progress.csv", "nonfinite.pt"])

@@ -21,7 +21,7 @@ from bc import BC
 from combo import COMBO
 from cql import CQL
 from iql import IQL, expectile_loss, reward_scale
-from mopo import MOPO, Imagination
+from mopo import MOPO, Imagination, make_imagination
 from ppo import PPO, RunningMoments, advantages, clipped_objective, clipped_value_loss
 from replay import ReplayBuffer
 from sac import DelayedSAC
@@ -338,6 +338,13 @@ def test_mopo_reward_on_a_model_with_known_disagreement():
     torch.testing.assert_close(data["terminated"], (data["next_obs"][:, 0] > 0.35).float())
     assert (data["obs"][:, 0] <= 0.35).all()  # nothing goes on after its end
     assert len(data["obs"]) < 3 * 64 and (data["uncertainty"] == 0).all()
+
+
+def test_mopo_penalises_u_as_published():
+    """WOMBET's model scales u to cover its error; MOPO's lambda is of u as it is."""
+    args = importlib.import_module("mopo").build_parser().parse_args(["--device", "cpu"])
+    args.speed = {"compile": False, "dtype": "float32"}
+    assert make_imagination(args, TaskEnv("Hopper-v4")).model.coverage == 0
 
 
 def test_mopo_and_combo_mix_data_and_imagined_steps():

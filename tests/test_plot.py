@@ -473,6 +473,12 @@ def test_other_bad_input(results, capsys, flags, word):
     assert_refused(capsys, word)
 
 
+def test_a_name_with_an_equals_sign(results, capsys):
+    """--name may have one; what --names puts behind it is a label."""
+    write_run(results, [100, 200], [1.0, 2.0], name="lr=3e-4")
+    assert draw(results) == 0 and "lr=3e-4" in capsys.readouterr().out
+
+
 def test_one_run_is_not_counted_twice(results, capsys):
     assert draw(results, results / "Hopper-v4__a__0") == 2
     assert_refused(capsys, "two runs are named Hopper-v4__a__0")

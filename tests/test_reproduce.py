@@ -110,7 +110,8 @@ def test_the_readme_has_every_topic():
     assert sorted(re.findall(r"^\| `(\w+)` \|", README, re.M)) == sorted(reproduce.TOPICS)
 
 
-@pytest.mark.parametrize("flags", [["figure"], ["fig2", "--jobs", "0"], ["fig2", "--only", "fig3/*"], ["fig2", "--x"]])
+@pytest.mark.parametrize("flags", [["figure"], ["fig2", "--jobs", "0"], ["fig2", "--only", "fig3/*"], ["fig2", "--x"],
+                                   ["fig2", "--budget", "quick", "--out", "/dev/null"]])
 def test_bad_input_is_one_line(flags, capsys):
     assert reproduce.main(flags) == 2
     error = capsys.readouterr().err
