@@ -559,8 +559,8 @@ def load_dataset(path, device="cpu", action_scale=None, **shapes):
         require(not unknown.all(), f"{path}: no row holds its next observation")
         last = np.append(unknown[1:], False) & ~ends  # what is then the last row of its episode
         arrays["timeout"] = np.maximum(arrays["timeout"], last)
-        terminal = int((unknown * arrays["terminated"]).sum())
-        say(f"{path}: {unknown.sum():,} of {n:,} rows left out ({terminal:,} of them terminal): at an episode's end "
+        say(f"{path}: {unknown.sum():,} of {n:,} rows left out ({arrays['terminated'][unknown].sum():,.0f} of them "
+            "terminal): at an episode's end "
             + ("there is no next observation" if derived else "their next observation is the next episode's first"))
     buffer = ReplayBuffer(int((~unknown).sum()), device, **shapes)
     buffer.add(**{key: arrays[key][~unknown] for key in shapes})
@@ -668,9 +668,8 @@ class Log:
 
 
 def log_and_generators(run):
-    state = {"rows": run.log.rows, "wall_clock": run.log.wall_clock, "torch_rng": torch.get_rng_state(),
-             "numpy_rng": run.rng.bit_generator.state}
-    return {**state, "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {"rows": run.log.rows, "wall_clock": run.log.wall_clock, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(), "numpy_rng": run.rng.bit_generator.state}
 
 
 def load_log_and_generators(run, state):
@@ -678,6 +677,7 @@ def load_log_and_generators(run, state):
     run.log.start = time.time() - min(max(state["wall_clock"], 0.0), 1e9)
     run.rng.bit_generator.state = state["numpy_rng"]
     torch.set_rng_state(state["torch_rng"].cpu())
+    # a source.pt from before commit 9487398 may lack it
     for i, rng in enumerate(state.get("cuda_rng", [])[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(rng.cpu(), i)
 

@@ -120,8 +120,8 @@ def find_runs(folders, filename, names=None):
     if not runs:
         raise ValueError(f"no runs found: no {filename} in {', '.join(map(str, folders))} or in its subfolders")
     known = sorted({name for _, name, _ in runs})
-    given = [item.partition("=") for item in names] if names else [(name, "", "") for name in known]
-    labels = {name: label or name for name, _, label in given}
+    split = (item.partition("=") for item in names or ())
+    labels = {name: label or name for name, _, label in split} or {name: name for name in known}
     for name in labels:
         if name not in known:
             raise ValueError(f"no run is named {name}: there are {', '.join(known)}")

@@ -114,7 +114,7 @@ def build_parser():
 
     g = parser.add_argument_group("agent (sections 4.4 and 4.5)")
     g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
-    g.add_argument("--min-critics", type=amount, default=2, help="M, critics under the target's min, drawn anew; 0: all")
+    g.add_argument("--min-critics", type=amount, default=2, help="M, random critics under the target's min; 0: all")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
     g.add_argument("--actor-average", type=fraction, default=1e-3, help="rate of the evaluated actor's average")
     g.add_argument("--utd", type=count, default=8, help="critic updates per environment step")
@@ -148,7 +148,8 @@ PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", 
 
 def check_args(args):
     require(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
-    require(args.alpha_rule == "fixed" or args.alpha == 0.5, f"--alpha {args.alpha} needs --alpha-rule fixed")
+    require(args.alpha_rule == "fixed" or args.alpha == build_parser().get_default("alpha"),
+            f"--alpha {args.alpha} needs --alpha-rule fixed")
     require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
             f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")

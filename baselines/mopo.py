@@ -121,6 +121,7 @@ def model_flags(parser, real_ratio):
 
 def make_imagination(args, env, penalty_coef=0.0, uncertainty="aleatoric"):
     # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
+    # coverage 0: lambda is of u as it is, as published
     model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
                        layers=args.model_layers, uncertainty_kind=uncertainty, coverage=0.0,
                        compile=args.speed["compile"], inference_dtype=args.speed["dtype"],

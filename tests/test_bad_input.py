@@ -570,7 +570,7 @@ def test_two_processes_in_one_folder(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("program", ["wombet", "sac"])
 def test_a_run_without_a_gpu_plays_where_there_is_one(runs, monkeypatch, program):
-    """And one with a GPU where there is none: a checkpoint has the same parts everywhere."""
+    """A checkpoint has the same parts on every machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.get_rng_state()])
