@@ -54,6 +54,8 @@ def build_parser():
                    "D4RL's keys, no phases 1 and 2")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
+    g.add_argument("--pretrain-updates", type=amount, default=16_000, help="critic updates before the first target "
+                   "step, on D_S and the source's real data")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
@@ -121,7 +123,9 @@ def build_parser():
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
-    g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of actor, critics and temperature")
+    g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of an agent that starts anew")
+    g.add_argument("--warm-lr", type=positive, default=3e-4, help="of the source's agent in the target task; with the "
+                   "rate of a new one it falls again and again")
     g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
@@ -137,7 +141,7 @@ def build_parser():
 
 
 # --preset paper: the literal reading; each is a numbered row of the README's table of departures
-PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", "imagine_every": 10_000,
+PAPER = {"warm_start": False, "keep_source_data": False, "pretrain_updates": 0, "imagine_with": "mpc", "imagine_every": 10_000,
          "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000, "refit_on_imagined": True,
          "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15, "population": 128, "elites": 16,
          "iterations": 3, "init_std": 0.5, "expectation": "members", "uncertainty": "variance", "coverage": 0.0,
@@ -172,7 +176,7 @@ def check_args(args):
             "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
 
 
-ANEW = ("source_steps", "target_steps", "lr", "model_lr")  # what --resume takes and heeds, beside harness.ANEW
+ANEW = ("source_steps", "target_steps", "lr", "warm_lr", "model_lr")  # what --resume heeds, beside harness.ANEW
 
 
 def parse_args(argv=None):
@@ -199,14 +203,14 @@ def build(args, run_dir):
                           phase="source" if learns_source else "switch", thresholds=None, acceptance=None,
                           best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
 
-    def side(source, capacity, offset):
+    def side(source, capacity, offset, lr):
         """One task's environments, agent and data."""
         make_env = functools.partial(TaskEnv, args.env, source, max_steps=args.episode_steps,
                                      **(source_quantities(args) if source else {}))
         env = make_env(seed=2 * args.seed + offset)
         evaluation = [make_env() for _ in range(args.eval_episodes)]
         agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics or args.critics,
-                    hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
+                    hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=lr, discount=args.discount,
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
                     backup_entropy=args.backup_entropy, actor_entropy=args.actor_entropy, actor_q=args.actor_q,
                     actor_average=args.actor_average, penalty_coef=args.target_penalty_coef,
@@ -215,7 +219,8 @@ def build(args, run_dir):
                                buffer=ReplayBuffer(capacity, args.device, **env.shapes))
 
     run.pooled = pooled  # how many of the first rows in the target's buffer are the source's
-    run.target = side(None, pooled + args.target_steps, 0)
+    warm = learns_source and args.warm_start
+    run.target = side(None, pooled + args.target_steps, 0, args.warm_lr if warm else args.lr)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
                           args.alpha if args.alpha_rule == "fixed" else None, args.td_error == "signed")
     run.offline_data = run.source = run.model = None
@@ -223,7 +228,7 @@ def build(args, run_dir):
     if args.offline_data:
         run.offline_data = load_dataset(args.offline_data, args.device, env.action_scale, **env.shapes)
     elif learns_source:
-        run.source = side(args.source, args.source_steps, 1)
+        run.source = side(args.source, args.source_steps, 1, args.lr)
         run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
                                hidden=args.model_hidden, layers=args.model_layers,
                                uncertainty_kind=args.uncertainty, coverage=args.coverage,
@@ -273,7 +278,7 @@ def load_side(side, state):
         setattr(side, key, state[key])
 
 
-PHASES = ("source", "generate", "switch", "target", "done")
+PHASES = ("source", "generate", "offline", "switch", "target", "done")
 
 
 def load_state_dict(run, state):
@@ -323,20 +328,21 @@ def reuse_source(run, source_run):
 # --------------------------------------------------------------------------------------------------------------- phases
 
 
-def report(run, name, info):
-    """Evaluates a side's policy: one row of progress.csv, one line on stdout."""
-    side = getattr(run, name)
+def report(run, phase, info):
+    """Evaluates the policy of a phase's task: one row of progress.csv, one line on stdout."""
+    args, side = run.args, run.source if phase == "source" else run.target
     row, text = evaluation_row(side.agent, side.evaluation)
-    row.update({key: float(info[key]) for key in ("q_mean", "temperature") if info}, phase=name, updates=side.updates,
+    row.update({key: float(info[key]) for key in ("q_mean", "temperature") if info}, phase=phase, updates=side.updates,
                env_steps=run.target.step, source_steps=run.source.step if run.source else 0,
                model_holdout_mse=run.holdout_mse)
-    if name == "target":
+    if phase != "source":
         row["td_error"] = run.mix.td_error
         if run.offline_data is not None:
             row.update(alpha=run.mix.alpha, offline_size=run.offline_data.size, acceptance=run.acceptance)
             text += f", alpha {run.mix.alpha:.2f}"
     run.log.row(row)
-    run.log.live(name, side.step, vars(run.args)[f"{name}_steps"], text, force=True)
+    done, of = (side.updates, args.pretrain_updates) if phase == "offline" else (side.step, vars(args)[f"{phase}_steps"])
+    run.log.live(phase, done, of, text, force=True)
     return text
 
 
@@ -401,6 +407,20 @@ def update(run, side):
     if side is run.target:
         run.mix.update(info)
     return info
+
+
+def pretrain(run):
+    """Learns the target task without a step in it, from rounds of imagination and the source's real data."""
+    args, side, text, info = run.args, run.target, "", {}
+    run.log.pace = (time.time(), side.updates)
+    while side.updates < args.pretrain_updates and (imagines(run) or args.keep_source_data):
+        stop_if_interrupted(run, state_dict)
+        if side.updates % args.eval_every < args.utd:
+            text = report(run, "offline", info)
+        if imagines(run) and args.imagine_every and side.updates // args.utd % args.imagine_every == 0:
+            imagine_round(run)
+        info = update(run, side)
+        run.log.live("offline", side.updates, args.pretrain_updates, text)
 
 
 def fit(run, epochs):
@@ -554,7 +574,11 @@ def train(args):
             run.target.buffer.add(**relabel(run.source.buffer.filled(), run.target.env.task.reward))
         if args.warm_start:
             # Deviation: the paper plans without a policy and learns one in the target task alone
-            run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
+            load_agent(run.target.agent, copy.deepcopy(run.source.agent.state_dict()))
+        run.phase = "offline"
+    if run.phase == "offline":
+        save(run.dir / "checkpoint.pt", state_dict(run))
+        pretrain(run)
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
     if run.phase == "switch":

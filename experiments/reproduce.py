@@ -44,6 +44,7 @@ BUDGETS = {
               "target": 200, "online": 400, "offline": 100, "slow_offline": 50,
               "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
                                     "--hidden 64 --model-hidden 64 --random-steps 100 --snapshot-window 100 "
+                                    "--pretrain-updates 50 "
                                     "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
                                     "--imagined-length 15 --return-percentile 30"),
               "baseline": shlex.split("--fast off --eval-every 50 --eval-episodes 2 --checkpoint-every 50 --hidden 64"),

@@ -34,7 +34,7 @@ COMMON = """--env Hopper-v4 --seed 0 --eval-every 20 --eval-episodes 1 --checkpo
 TINY = {
     "wombet": """--source-steps 60 --target-steps 40 --random-steps 20 --snapshot-window 20 --model-hidden 8
                  --model-layers 1 --model-epochs 1 --refit-epochs 1 --refit-every 0 --members 2 --horizon 2
-                 --imagined-trajectories 4 --imagined-length 5 --population 4 --elites 2 --policy-samples 2 --utd 1
+                 --imagined-trajectories 4 --imagined-length 5 --population 4 --elites 2 --policy-samples 2 --utd 1 --pretrain-updates 0
                  --batch-size 8 --filter none""".split(),
     "sac": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
     "td3": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
@@ -98,7 +98,8 @@ LONG = "n" * 300
 BAD = [
     # program, flags, words
     *[("wombet", [f"--{flag}={value}"], [flag, value]) for flag, values in {
-        "lr": ("inf", "nan", "0", "-1", "x", "1e400"), "model-lr": ("inf", "nan"), "discount": ("5", "nan", "-0.1"),
+        "lr": ("inf", "nan", "0", "-1", "x", "1e400"), "warm-lr": ("0", "nan"),
+        "model-lr": ("inf", "nan"), "discount": ("5", "nan", "-0.1"),
         "plan-penalty-coef": ("inf", "nan", "-1", "1e39"), "target-penalty-coef": ("inf", "nan"),
         "collect-penalty-coef": ("inf",), "target-entropy": ("nan", "inf", "-inf"), "polyak": ("nan", "2"),
         "return-threshold": ("nan", "inf", "-inf"), "u-threshold": ("nan", "inf"), "init-temperature": ("inf", "0"),
@@ -217,7 +218,7 @@ def rates(state):
 
 
 GOOD = [
-    ("wombet", ["--target-steps", "60", "--lr", "1e-5"], {"target_steps": 60, "lr": 1e-5}),
+    ("wombet", ["--target-steps", "60", "--warm-lr", "1e-5"], {"target_steps": 60, "warm_lr": 1e-5}),
     ("wombet", ["--target-steps", "50", "--eval-every", "5", "--eval-episodes", "2", "--checkpoint-every", "7"],
      {"eval_every": 5, "eval_episodes": 2, "checkpoint_every": 7, "lr": 1e-3}),
     ("sac", ["--target-steps", "60", "--actor-lr", "1e-5", "--critic-lr", "1e-5"], {"actor_lr": 1e-5}),
@@ -260,11 +261,14 @@ def test_an_offline_phase_is_over_once_steps_are_taken(runs, tmp_path, capsys):
     refuses(capsys, "bc", ["--online-steps 10", "20"], "--resume", folder, "--online-steps", "10")
 
 
-def test_the_learning_rate_of_a_run_that_takes_anothers_source(runs, tmp_path):
-    code, folder = tiny("wombet", tmp_path, "--source-run", runs["wombet"], "--lr", "1e-5")
+@pytest.mark.parametrize("flags, rate", [((), 1e-4), (("--no-warm-start",), 1e-5)])
+def test_the_learning_rate_of_a_run_that_takes_anothers_source(runs, tmp_path, flags, rate):
+    """--warm-lr is the rate of the source's agent in the target task, --lr of an agent that starts anew."""
+    code, folder = tiny("wombet", tmp_path, "--source-run", runs["wombet"], "--lr", "1e-5", "--warm-lr", "1e-4", *flags)
     assert code == 0
     state = load(folder / "checkpoint.pt", "cpu", "wombet")
-    assert rates(state["target"]["agent"]) == rates(state["source"]["agent"]) == {1e-5} and config(folder)["lr"] == 1e-5
+    assert rates(state["source"]["agent"]) == {1e-5} and rates(state["target"]["agent"]) == {rate}
+    assert config(folder)["lr"] == 1e-5
 
 
 def test_evaluate_takes_episodes_of_its_own(runs, capsys):

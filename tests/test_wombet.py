@@ -23,7 +23,7 @@ TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 
           --offline-capacity 100 --members 3 --return-percentile 30 --u-percentile 50
           --imagined-trajectories 8 --imagined-length 10
           --population 8 --elites 4 --policy-samples 4 --batch-size 16
-          --utd 2 --device cpu --threads 1""".split()
+          --utd 2 --pretrain-updates 0 --device cpu --threads 1""".split()
 
 
 def run(out, *flags, name="a", env="Hopper-v4"):
@@ -236,7 +236,8 @@ TARGET_FLAGS = {
     "no penalty in MPC": ["--plan-penalty-coef", "0"], "no penalty in the target": ["--target-penalty-coef", "0"],
     "no refit": ["--refit-every", "0"], "refit on D_S": ["--refit-on-imagined"], "no guide": ["--no-guide"],
     "the first round alone": ["--imagine-every", "0"], "MPC's rounds": ["--imagine-with", "mpc"],
-    "new agent": ["--no-warm-start"], "without real source data": ["--no-keep-source-data"],
+    "new agent": ["--no-warm-start"], "a new agent's learning rate": ["--warm-lr", "1e-3"],
+    "without real source data": ["--no-keep-source-data"],
     "D_S from the environment": ["--generate-in", "env"], "members": ["--expectation", "members"],
     "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
     "actor on min": ["--actor-q", "min"], "no average": ["--actor-average", "1"],
