@@ -5,9 +5,9 @@
 1. Source    an agent learns in the source task; its real transitions train a probabilistic ensemble (section 4.1).
 2. Generate  uncertainty-penalised MPC acts inside that model (eqs. 1 to 5); what passes the dual filter (eq. 6) is
              relabelled with the target's reward: the first D_S (section 4.3).
-3. Target    the source's agent goes on learning online, from alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6).
-             Every --imagine-every steps it is rolled out in the model under the target's reward, and D_S keeps the
-             newest; every --refit-every steps the model is refit on all real data.
+3. Target    the source's agent goes on learning, from alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6), first
+             without a step in the target task, then online. Every --imagine-every steps it is rolled out in the model
+             under the target's reward, and D_S keeps the newest; every --refit-every steps the model is refit.
 
 The maths is in tasks.py, world_model.py, mpc.py, filter.py, replay.py and agent.py; this file wires them. What it
 shares with the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
@@ -50,12 +50,10 @@ def build_parser():
     g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take its source phase")
 
     g = parser.add_argument_group("transfer (section 4.6)")
-    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with "
-                   "D4RL's keys, no phases 1 and 2")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
-    g.add_argument("--pretrain-updates", type=amount, default=16_000, help="critic updates before the first target "
-                   "step, on D_S and the source's real data")
+    g.add_argument("--pretrain-updates", type=amount, default=16_000, help="critic updates before the first step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
@@ -124,8 +122,7 @@ def build_parser():
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
     g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of an agent that starts anew")
-    g.add_argument("--warm-lr", type=positive, default=3e-4, help="of the source's agent in the target task; with the "
-                   "rate of a new one it falls again and again")
+    g.add_argument("--warm-lr", type=positive, default=3e-4, help="of the source's agent in the target task")
     g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
@@ -141,13 +138,13 @@ def build_parser():
 
 
 # --preset paper: the literal reading; each is a numbered row of the README's table of departures
-PAPER = {"warm_start": False, "keep_source_data": False, "pretrain_updates": 0, "imagine_with": "mpc", "imagine_every": 10_000,
-         "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000, "refit_on_imagined": True,
-         "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15, "population": 128, "elites": 16,
-         "iterations": 3, "init_std": 0.5, "expectation": "members", "uncertainty": "variance", "coverage": 0.0,
-         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "min_critics": 0, "actor_q": "min",
-         "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False, "snapshot_window": 0,
-         "td_error": "signed"}
+PAPER = {"warm_start": False, "keep_source_data": False, "pretrain_updates": 0, "imagine_with": "mpc",
+         "imagine_every": 10_000, "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000,
+         "refit_on_imagined": True, "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15,
+         "population": 128, "elites": 16, "iterations": 3, "init_std": 0.5, "expectation": "members",
+         "uncertainty": "variance", "coverage": 0.0, "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0,
+         "min_critics": 0, "actor_q": "min", "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False,
+         "snapshot_window": 0, "td_error": "signed"}
 
 
 def check_args(args):
@@ -168,15 +165,11 @@ def check_args(args):
                 f"round of --{n.replace('_', '-')} {number} times --{length.replace('_', '-')} {steps}")
     if not (args.offline_data or args.source_run):
         where = "source" if args.prior else "target"
-        steps = vars(args)[f"{where}_steps"]
-        require(args.random_steps < steps, f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} "
-                "to learn in")
+        require(args.random_steps < (steps := vars(args)[f"{where}_steps"]),
+                f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} to learn in")
     require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     require(args.prior or not (args.offline_data or args.source_run),
             "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
-
-
-ANEW = ("source_steps", "target_steps", "lr", "warm_lr", "model_lr")  # what --resume heeds, beside harness.ANEW
 
 
 def parse_args(argv=None):
@@ -185,7 +178,7 @@ def parse_args(argv=None):
     first.add_argument("--preset", nargs="?")
     if first.parse_known_args(argv)[0].preset == "paper":
         parser.set_defaults(**PAPER)
-    return read_flags(argv, parser, check_args, ANEW)
+    return read_flags(argv, parser, check_args, anew=("source_steps", "target_steps", "lr", "warm_lr", "model_lr"))
 
 
 # --------------------------------------------------------------------------------------------------------------- set-up
@@ -201,7 +194,8 @@ def build(args, run_dir):
         "source_steps": learns_source * args.source_steps + pooled})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
                           phase="source" if learns_source else "switch", thresholds=None, acceptance=None,
-                          best=None, holdout_mse=None, rng=np.random.default_rng(args.seed))
+                          best=None, holdout_mse=None, rng=np.random.default_rng(args.seed),
+                          pooled=pooled)  # how many of the first rows in the target's buffer are the source's
 
     def side(source, capacity, offset, lr):
         """One task's environments, agent and data."""
@@ -218,7 +212,6 @@ def build(args, run_dir):
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
                                buffer=ReplayBuffer(capacity, args.device, **env.shapes))
 
-    run.pooled = pooled  # how many of the first rows in the target's buffer are the source's
     warm = learns_source and args.warm_start
     run.target = side(None, pooled + args.target_steps, 0, args.warm_lr if warm else args.lr)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
@@ -278,9 +271,6 @@ def load_side(side, state):
         setattr(side, key, state[key])
 
 
-PHASES = ("source", "generate", "offline", "switch", "target", "done")
-
-
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
         must_match(state, state_dict(run))
@@ -289,7 +279,7 @@ def load_state_dict(run, state):
             require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
         for name in RUN_VALUES:
             setattr(run, name, state[name])
-        require(run.phase in PHASES, f"unknown phase {run.phase!r}")
+        require(run.phase in ("source", "generate", "switch", "target", "done"), f"unknown phase {run.phase!r}")
         for name in ("source", "target"):
             if getattr(run, name) is not None:
                 steps, done = vars(run.args)[f"{name}_steps"], state[name]["step"]
@@ -305,16 +295,14 @@ def load_state_dict(run, state):
         load_log_and_generators(run, state)
 
 
-# what the source phase's state depends on, and what acts in the source phase alone
-OF_THE_SOURCE = ("env", "source", "seed", "episode_steps", "critics", "hidden", "layer_norm", "discount", "members",
-                 "model_hidden", "model_layers", "model_epochs", "snapshot_window", "random_steps", "init_temperature")
-
-
 def reuse_source(run, source_run):
     """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
     the same seed and flags goes on as that one did."""
+    # what the source phase's state depends on, and what acts in the source phase alone
+    names = ("env", "source", "seed", "episode_steps", "critics", "hidden", "layer_norm", "discount", "members",
+             "model_hidden", "model_layers", "model_epochs", "snapshot_window", "random_steps", "init_temperature")
     quantities = [key for key in vars(run.args) if key.startswith("source_") and key != "source_run"]
-    same_flags(run.args, source_run, build_parser(), (*OF_THE_SOURCE, *quantities))
+    same_flags(run.args, source_run, build_parser(), (*names, *quantities))
     state = load(Path(source_run) / "source.pt", run.args.device, "wombet")
     with must_fit(f"{source_run}/source.pt", "this version"):  # the agent or the model of another may have other parts
         load_side(run.source, state["source"])
@@ -341,8 +329,8 @@ def report(run, phase, info):
             row.update(alpha=run.mix.alpha, offline_size=run.offline_data.size, acceptance=run.acceptance)
             text += f", alpha {run.mix.alpha:.2f}"
     run.log.row(row)
-    done, of = (side.updates, args.pretrain_updates) if phase == "offline" else (side.step, vars(args)[f"{phase}_steps"])
-    run.log.live(phase, done, of, text, force=True)
+    run.log.live(phase, *((side.updates, args.pretrain_updates) if phase == "offline" else
+                          (side.step, vars(args)[f"{phase}_steps"])), text, force=True)
     return text
 
 
@@ -371,8 +359,7 @@ def learn(run, name):
             if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
                 fit(run, args.refit_epochs)
                 refresh_uncertainty(run)
-            if imagines(run) and args.imagine_every and side.step % args.imagine_every == 0:
-                imagine_round(run)
+            imagine_round(run, side.step)
         if side.step % args.eval_every == 0 or side.step == steps:
             text = report(run, name, info)
         if side.step % args.checkpoint_every == 0:
@@ -410,16 +397,17 @@ def update(run, side):
 
 
 def pretrain(run):
-    """Learns the target task without a step in it, from rounds of imagination and the source's real data."""
-    args, side, text, info = run.args, run.target, "", {}
+    """Deviation: learns the target task before a step in it, from rounds of imagination and the source's real data."""
+    args, side, text = run.args, run.target, ""
     run.log.pace = (time.time(), side.updates)
-    while side.updates < args.pretrain_updates and (imagines(run) or args.keep_source_data):
+    while side.updates < args.pretrain_updates and (imagines(run) or run.pooled):
         stop_if_interrupted(run, state_dict)
-        if side.updates % args.eval_every < args.utd:
-            text = report(run, "offline", info)
-        if imagines(run) and args.imagine_every and side.updates // args.utd % args.imagine_every == 0:
-            imagine_round(run)
+        if side.updates == 0:
+            text = report(run, "offline", {})
+        imagine_round(run, side.updates // args.utd)
         info = update(run, side)
+        if side.updates % args.eval_every < args.utd and side.updates < args.pretrain_updates:
+            text = report(run, "offline", info)
         run.log.live("offline", side.updates, args.pretrain_updates, text)
 
 
@@ -448,9 +436,10 @@ def fit(run, epochs):
 # ---------------------------------------------------------------------------------------------------------- imagination
 
 
-def imagine_round(run):
-    """One round in the target task: by MPC, as the first D_S, or by the present agent."""
-    generate(run) if run.args.imagine_with == "mpc" else imagine_policy(run)
+def imagine_round(run, number):
+    """Every --imagine-every steps (before the first: actor updates), by MPC, as the first D_S, or the present agent."""
+    if imagines(run) and run.args.imagine_every and number % run.args.imagine_every == 0:
+        generate(run) if run.args.imagine_with == "mpc" else imagine_policy(run)
 
 
 def imagines(run):
@@ -473,10 +462,9 @@ def imagine_policy(run):
     penalises it.
     """
     args, target = run.args, run.target
-    new = target.buffer.size > run.pooled  # D_T has begun
-    n_new = args.rollouts // 2 if new else 0
+    n_new = args.rollouts // 2 if target.buffer.size > run.pooled else 0  # none before D_T begins
     starts = [run.source.buffer.sample(args.rollouts - n_new)["obs"]]
-    if new:
+    if n_new:
         starts.append(target.buffer.sample(n_new, first=run.pooled)["obs"])
     trajectories = imagine(run.model.step, target.env.task.terminated, target.agent.act, torch.cat(starts),
                            args.rollout_length, trust_limit(run))
@@ -575,13 +563,10 @@ def train(args):
         if args.warm_start:
             # Deviation: the paper plans without a policy and learns one in the target task alone
             load_agent(run.target.agent, copy.deepcopy(run.source.agent.state_dict()))
-        run.phase = "offline"
-    if run.phase == "offline":
-        save(run.dir / "checkpoint.pt", state_dict(run))
-        pretrain(run)
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
     if run.phase == "switch":
+        pretrain(run)
         report(run, "target", {})  # row 0: the return before the first target step
         run.phase = "target"
         save(run.dir / "checkpoint.pt", state_dict(run))

@@ -34,8 +34,8 @@ COMMON = """--env Hopper-v4 --seed 0 --eval-every 20 --eval-episodes 1 --checkpo
 TINY = {
     "wombet": """--source-steps 60 --target-steps 40 --random-steps 20 --snapshot-window 20 --model-hidden 8
                  --model-layers 1 --model-epochs 1 --refit-epochs 1 --refit-every 0 --members 2 --horizon 2
-                 --imagined-trajectories 4 --imagined-length 5 --population 4 --elites 2 --policy-samples 2 --utd 1 --pretrain-updates 0
-                 --batch-size 8 --filter none""".split(),
+                 --imagined-trajectories 4 --imagined-length 5 --population 4 --elites 2 --policy-samples 2 --utd 1
+                 --pretrain-updates 0 --batch-size 8 --filter none""".split(),
     "sac": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
     "td3": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
     "ppo": "--target-steps 40 --rollout-steps 20 --minibatches 2".split(),
@@ -204,6 +204,11 @@ def test_a_source_run_is_of_the_same_source(runs, capsys, tmp_path, flag):
     words = ["other flags", flag.split()[0]]
     refuses(capsys, "wombet", words, *COMMON, *TINY["wombet"], "--source-run", runs["wombet"], *flag.split())
     assert not files(tmp_path)
+
+
+def strip(rows):
+    """Rows of progress.csv without the time that they took."""
+    return [{key: value for key, value in row.items() if key != "wall_clock"} for row in rows]
 
 
 def config(folder):
@@ -713,8 +718,29 @@ def test_sigterm_during_an_evaluation(runs, tmp_path, monkeypatch, program, numb
     assert code == 130 and start(program, "--resume", folder) == 0
     ours, theirs = (load(f / "checkpoint.pt", "cpu", program) for f in (folder, runs[program]))
     assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
-    strip = lambda rows: [{k: v for k, v in row.items() if k != "wall_clock"} for row in rows]
     assert strip(ours["rows"]) == strip(theirs["rows"])
+
+
+def test_sigterm_while_pretraining(runs, tmp_path, monkeypatch):
+    """As many updates as without it, and the same; the same rows."""
+    flags = ["--source-run", runs["wombet"], "--pretrain-updates", "50"]
+    _, whole = tiny("wombet", tmp_path, *flags, name="whole")
+    original, count = wombet.update, [0]
+
+    def update(*args):
+        count[0] += 1
+        if count[0] == 20:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(wombet, "update", update)
+    code, folder = tiny("wombet", tmp_path, *flags)
+    assert code == 130 and load(folder / "checkpoint.pt", "cpu", "wombet")["target"]["updates"] == 20
+    assert start("wombet", "--resume", folder) == 0
+    ours, theirs = (load(f / "checkpoint.pt", "cpu", "wombet") for f in (folder, whole))
+    assert ours["target"]["updates"] == theirs["target"]["updates"] == 90
+    weights = [state["target"]["agent"]["critic"]["weights.0"] for state in (ours, theirs)]
+    assert torch.equal(*weights) and strip(ours["rows"]) == strip(theirs["rows"])
 
 
 def test_threads_follow_the_affinity_mask(monkeypatch, capsys):

@@ -270,6 +270,24 @@ def test_target_flags(base, tmp_path, flags):
         assert int(ours[-1]["source_steps"]) > 150
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-keep-source-data"], ["--alpha-rule", "fixed", "--alpha", "0"],
+                                   ["--alpha-rule", "fixed", "--alpha", "0", "--no-keep-source-data"]])
+def test_pretraining(base, tmp_path, flags):
+    """Updates before the first target step, evaluated every 60 of them, with a round every 20 of the actor's; none
+    where there is nothing to learn from."""
+    imagines, n = "--alpha" not in flags, 0 if len(flags) == 5 else 130
+    code, folder = run(tmp_path, "--source-run", base, "--pretrain-updates", 130, *flags)
+    assert code == 0
+    ours, theirs = rows(folder), rows(base)
+    offline, target = ([r for r in ours if r["phase"] == phase] for phase in ("offline", "target"))
+    assert [(r["env_steps"], int(r["updates"])) for r in offline] == [("0", k) for k in range(0, n, 60)]
+    assert [int(r["updates"]) for r in target] == [n, n + 120, n + 240]
+    returns = [r["return_mean"] for r in (*offline, target[0])]
+    assert returns[0] == theirs[3]["return_mean"]  # the source's agent
+    assert n == 0 or returns[-1] != returns[0]
+    assert (int(target[0]["offline_size"]) > int(theirs[3]["offline_size"])) == imagines
+
+
 @pytest.mark.parametrize("flags", [["--uncertainty", "variance"], ["--uncertainty", "max-distance"],
                                    ["--uncertainty", "aleatoric"], ["--coverage", "0"]])
 def test_uncertainty_flags(base, tmp_path, flags):
