@@ -97,11 +97,17 @@ def variant(b, topic, name, env, seed, *flags):
 NOTHING_IMAGINED = ("--alpha-rule", "fixed", "--alpha", 0)
 
 
+NOT_BEFORE = ("--pretrain-updates", 0)
+
+
 def control(b):
-    """Nothing imagined, all else equal; and from scratch for as many steps as source and target together."""
+    """Nothing imagined, all else equal; the same without updates before the first target step, which on real data alone
+    do harm; and from scratch for as many steps as source and target together."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.many)
         yield from (variant(b, "control", "control", env, seed, *NOTHING_IMAGINED) for seed in b.many)
+        yield from (variant(b, "control", "control-online", env, seed, *NOTHING_IMAGINED, *NOT_BEFORE)
+                    for seed in b.few)
         yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
 
 
@@ -110,7 +116,7 @@ def parts(b):
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
         for name, flags in {"model": ("--no-keep-source-data",), "data": NOTHING_IMAGINED}.items():
-            yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *flags) for seed in b.few)
+            yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *NOT_BEFORE, *flags) for seed in b.few)
 
 
 def fig2(b):

@@ -26,17 +26,18 @@ CELL = re.compile(rf"^{NUMBER}(?: ± {NUMBER}| \[{NUMBER}, {NUMBER}\])?$")
 
 
 def read_summary(path):
-    """{(topic, environment or "All", method, step): row} of returns in the target phase; over all tasks normalised."""
+    """{(topic, environment or "All", method, step): row} of returns in the target phase, and of method:offline before
+    it, where step counts updates; over all tasks normalised."""
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["phase"] == "target"]
+        rows = [row for row in csv.DictReader(file) if row["phase"] in ("target", "offline")]
     kept = [row for row in rows if row["quantity"].startswith("normalised" if "+" in row["env"] else "return")]
-    return {(row["topic"], "All" if "+" in row["env"] else row["env"], row["method"], int(row["step"])): row
-            for row in kept}
+    return {(row["topic"], "All" if "+" in row["env"] else row["env"],
+             row["method"] + ":offline" * (row["phase"] == "offline"), int(row["step"])): row for row in kept}
 
 
 def look_up(summary, env, column):
     """The row that `topic/method@step` names; of topic/*@step the one with the highest mean. None without one."""
-    topic, method, step = re.fullmatch(r"([\w-]+)/([\w*-]+)@(\d+)", column).groups()
+    topic, method, step = re.fullmatch(r"([\w-]+)/([\w*:-]+)@(\d+)", column).groups()
     rows = [row for (t, e, m, s), row in summary.items()
             if (t, e, s) == (topic, env, int(step)) and method in ("*", m)]
     return max(rows, key=lambda row: float(row["mean"]), default=None)
@@ -119,6 +120,12 @@ def check(tmp_path, *cells):
     ("1,200 [900, 1,501]", "-1234.5", "2485 (bro_utd10)", "38.2")])
 def test_right_tables_pass(tmp_path, cells):
     assert check(tmp_path, *cells) == []
+
+
+def test_what_is_before_the_first_step_has_a_name_of_its_own(tmp_path):
+    (tmp_path / "summary.csv").write_text(SUMMARY)
+    page = PAGE.replace("wombet@0", "wombet:offline@0").format("8 ± 1", "-1234.5", "2,485", "–")
+    assert faults(page, read_summary(tmp_path / "summary.csv")) == []
 
 
 @pytest.mark.parametrize("at, cell, words", [
