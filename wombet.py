@@ -53,7 +53,7 @@ def build_parser():
     g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
-    g.add_argument("--pretrain-updates", type=amount, default=16_000, help="critic updates before the first step")
+    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
