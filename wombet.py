@@ -5,9 +5,9 @@
 1. Source    an agent learns in the source task; its real transitions train a probabilistic ensemble (section 4.1).
 2. Generate  uncertainty-penalised MPC acts inside that model (eqs. 1 to 5); what passes the dual filter (eq. 6) is
              relabelled with the target's reward: the first D_S (section 4.3).
-3. Target    the source's agent goes on learning, from alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6), first
-             without a step in the target task, then online. Every --imagine-every steps it is rolled out in the model
-             under the target's reward, and D_S keeps the newest; every --refit-every steps the model is refit.
+3. Target    the source's agent goes on learning online, from alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6).
+             Every --imagine-every steps it is rolled out in the model under the target's reward, and D_S keeps the
+             newest; every --refit-every steps the model is refit on all real data.
 
 The maths is in tasks.py, world_model.py, mpc.py, filter.py, replay.py and agent.py; this file wires them. What it
 shares with the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
@@ -138,13 +138,13 @@ def build_parser():
 
 
 # --preset paper: the literal reading; each is a numbered row of the README's table of departures
-PAPER = {"warm_start": False, "keep_source_data": False, "pretrain_updates": 0, "imagine_with": "mpc",
-         "imagine_every": 10_000, "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000,
-         "refit_on_imagined": True, "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15,
-         "population": 128, "elites": 16, "iterations": 3, "init_std": 0.5, "expectation": "members",
-         "uncertainty": "variance", "coverage": 0.0, "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0,
-         "min_critics": 0, "actor_q": "min", "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False,
-         "snapshot_window": 0, "td_error": "signed"}
+PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", "imagine_every": 10_000,
+         "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000, "refit_on_imagined": True,
+         "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15, "population": 128, "elites": 16,
+         "iterations": 3, "init_std": 0.5, "expectation": "members", "uncertainty": "variance", "coverage": 0.0,
+         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "min_critics": 0, "actor_q": "min",
+         "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False, "snapshot_window": 0,
+         "td_error": "signed"}
 
 
 def check_args(args):
@@ -397,7 +397,7 @@ def update(run, side):
 
 
 def pretrain(run):
-    """Deviation: learns the target task before a step in it, from rounds of imagination and the source's real data."""
+    """Learns the target task before the first step in it, from rounds of imagination and the source's real data."""
     args, side, text = run.args, run.target, ""
     run.log.pace = (time.time(), side.updates)
     while side.updates < args.pretrain_updates and (imagines(run) or run.pooled):

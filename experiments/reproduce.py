@@ -30,21 +30,21 @@ PAIR = ("HalfCheetah-v4", "Walker2d-v4")
 
 # envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds.
 # source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
-# than half". offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long.
+# than half". before: WOMBET's updates before the first target step in that topic. offline, slow_offline: updates on
+# D_S, and those of CQL and COMBO, which take ten times as long.
 # wombet, baseline, bound: flags of WOMBET's runs, of every baseline, of bound.py; more: of single baselines.
 FEW_ACTIONS = ("--cql-actions", 4)
 CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,
-           offline=20_000, slow_offline=10_000, wombet=(), baseline=("--eval-every", 2500), bound=(),
+           before=16_000, offline=20_000, slow_offline=10_000, wombet=(), baseline=("--eval-every", 2500), bound=(),
            more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
 BUDGETS = {
     "cpu": CPU,
     "paper": {**CPU, "envs": (*NEAR_FOUR, "Ant-v4", "Swimmer-v4"), "few": range(5), "offline": 100_000,
               "slow_offline": 100_000, "more": {}},
     "quick": {**CPU, "envs": ("Hopper-v4",), "pair": ("Hopper-v4",), "many": range(1), "few": range(1), "source": 400,
-              "target": 200, "online": 400, "offline": 100, "slow_offline": 50,
+              "target": 200, "before": 50, "online": 400, "offline": 100, "slow_offline": 50,
               "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
                                     "--hidden 64 --model-hidden 64 --random-steps 100 --snapshot-window 100 "
-                                    "--pretrain-updates 50 "
                                     "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
                                     "--imagined-length 15 --return-percentile 30"),
               "baseline": shlex.split("--fast off --eval-every 50 --eval-episodes 2 --checkpoint-every 50 --hidden 64"),
@@ -97,17 +97,11 @@ def variant(b, topic, name, env, seed, *flags):
 NOTHING_IMAGINED = ("--alpha-rule", "fixed", "--alpha", 0)
 
 
-NOT_BEFORE = ("--pretrain-updates", 0)
-
-
 def control(b):
-    """Nothing imagined, all else equal; the same without updates before the first target step, which on real data alone
-    do harm; and from scratch for as many steps as source and target together."""
+    """Nothing imagined, all else equal; and from scratch for as many steps as source and target together."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.many)
         yield from (variant(b, "control", "control", env, seed, *NOTHING_IMAGINED) for seed in b.many)
-        yield from (variant(b, "control", "control-online", env, seed, *NOTHING_IMAGINED, *NOT_BEFORE)
-                    for seed in b.few)
         yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
 
 
@@ -116,7 +110,16 @@ def parts(b):
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
         for name, flags in {"model": ("--no-keep-source-data",), "data": NOTHING_IMAGINED}.items():
-            yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *NOT_BEFORE, *flags) for seed in b.few)
+            yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *flags) for seed in b.few)
+
+
+def before(b):
+    """Updates before the first target step: with imagination, or on the source's real data alone."""
+    for env in b.envs:
+        yield from (default(b, env, seed) for seed in b.few)
+        for name, flags in {"imagined": (), "real": NOTHING_IMAGINED}.items():
+            flags = ("--pretrain-updates", b.before, "--target-steps", 1, *flags)
+            yield from (variant(b, "before", name, env, seed, *flags) for seed in b.few)
 
 
 def fig2(b):
@@ -214,7 +217,7 @@ def baselines(b):
         yield new_job(b, "baselines", "baselines/ppo.py", env, "ppo", b.few[0])
 
 
-ALL = {f.__name__: f for f in (control, parts, fig2, fig5, fig6, preset, shift, fig3, fig4, bound)}
+ALL = {f.__name__: f for f in (control, parts, before, fig2, fig5, fig6, preset, shift, fig3, fig4, bound)}
 TOPICS = {**ALL, "baselines": baselines}
 
 

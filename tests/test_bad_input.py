@@ -35,7 +35,7 @@ TINY = {
     "wombet": """--source-steps 60 --target-steps 40 --random-steps 20 --snapshot-window 20 --model-hidden 8
                  --model-layers 1 --model-epochs 1 --refit-epochs 1 --refit-every 0 --members 2 --horizon 2
                  --imagined-trajectories 4 --imagined-length 5 --population 4 --elites 2 --policy-samples 2 --utd 1
-                 --pretrain-updates 0 --batch-size 8 --filter none""".split(),
+                 --batch-size 8 --filter none""".split(),
     "sac": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
     "td3": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
     "ppo": "--target-steps 40 --rollout-steps 20 --minibatches 2".split(),

@@ -75,8 +75,9 @@ def test_the_grid_is_the_issues():
     assert len(jobs) == len({(job.topic, job.folder) for job in jobs})
     count = lambda topic, name: len([job for job in jobs if job.topic == topic and f"__{name}__" in job.folder])
     assert [count("fig2", name) for name in ("wombet", "scratch", "sac", "td3", "ppo")] == [20, 20, 12, 12, 12]
-    assert [count("control", name) for name in ("control", "control-online", "scratch-long")] == [20, 12, 12]
+    assert [count("control", name) for name in ("control", "scratch-long")] == [20, 12]
     assert [count("parts", name) for name in ("model", "data")] == [12, 12]
+    assert [count("before", name) for name in ("imagined", "real")] == [12, 12]
     assert [count("fig3", name) for name in ("bc", "iql", "cql", "mopo", "combo")] == [6] * 5
     assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
     assert count("fig5", "fixed") == 12 and count("preset", "preset") == 12 and count("shift", "backward-control") == 6
@@ -95,8 +96,7 @@ def test_list_prints_commands_one_a_line(capsys):
     assert lines[0] == ("python wombet.py --env Hopper-v4 --name wombet --seed 3 --source-steps 50000 "
                         "--target-steps 25000 --out runs/fig2")
     assert "--alpha-rule fixed --alpha 0 --source-run runs/fig2/Hopper-v4__wombet__3 --out runs/control" in lines[1]
-    assert "--alpha-rule fixed --alpha 0 --pretrain-updates 0 --source-run" in lines[2]
-    assert len(lines) == 4 and "--no-prior --target-steps 75000" in lines[3]
+    assert len(lines) == 3 and "--no-prior --target-steps 75000" in lines[2]
 
 
 README = (SCRIPT.parent / "README.md").read_text()
@@ -231,9 +231,9 @@ def test_slurm_gets_one_array_a_stage(tmp_path, monkeypatch, capsys):
                            "--slurm-args=--time=1:00:00 --partition='big one'"]) == 0
     first, second = (shlex.split((tmp_path / "bin" / name).read_text()) for name in ("args1", "args3"))
     assert "--array=0-1" in first and not any("dependency" in flag for flag in first) and "--time=1:00:00" in first
-    assert "--array=0-1" in second and "--dependency=afterany:1" in second
+    assert "--array=0-0" in second and "--dependency=afterany:1" in second
     script = (tmp_path / "bin" / "script3").read_text()
-    assert "names=(control/Hopper-v4__control__0 control/Hopper-v4__control-online__0)" in script and "--budget quick" in script
+    assert "names=(control/Hopper-v4__control__0)" in script and "--budget quick" in script
     assert "job array 1: 2 runs" in capsys.readouterr().out
     monkeypatch.setenv("PATH", "/nowhere")
     assert reproduce.main(["control", "--slurm", "--out", str(tmp_path / "out")]) == 2

@@ -23,7 +23,7 @@ TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 
           --offline-capacity 100 --members 3 --return-percentile 30 --u-percentile 50
           --imagined-trajectories 8 --imagined-length 10
           --population 8 --elites 4 --policy-samples 4 --batch-size 16
-          --utd 2 --pretrain-updates 0 --device cpu --threads 1""".split()
+          --utd 2 --device cpu --threads 1""".split()
 
 
 def run(out, *flags, name="a", env="Hopper-v4"):
