@@ -121,8 +121,7 @@ def build_parser():
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
-    g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of an agent that starts anew")
-    g.add_argument("--warm-lr", type=positive, default=3e-4, help="of the source's agent in the target task")
+    g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of actor, critics and temperature")
     g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
     g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
@@ -132,8 +131,9 @@ def build_parser():
     # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
     g.add_argument("--target-penalty-coef", type=nonnegative, default=2.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
-    g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
-                   "training episodes of so many steps returned most; 0: the last one")
+    # Deviation: the agent of the moment may be in one of the falls that policies take between evaluations
+    g.add_argument("--snapshot-window", type=amount, default=2000, help="in either task the agent counts whose "
+                   "training episodes of so many steps returned most; 0: the agent of the moment")
     return parser
 
 
@@ -178,7 +178,7 @@ def parse_args(argv=None):
     first.add_argument("--preset", nargs="?")
     if first.parse_known_args(argv)[0].preset == "paper":
         parser.set_defaults(**PAPER)
-    return read_flags(argv, parser, check_args, anew=("source_steps", "target_steps", "lr", "warm_lr", "model_lr"))
+    return read_flags(argv, parser, check_args, anew=("source_steps", "target_steps", "lr", "model_lr"))
 
 
 # --------------------------------------------------------------------------------------------------------------- set-up
@@ -194,26 +194,25 @@ def build(args, run_dir):
         "source_steps": learns_source * args.source_steps + pooled})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
                           phase="source" if learns_source else "switch", thresholds=None, acceptance=None,
-                          best=None, holdout_mse=None, rng=np.random.default_rng(args.seed),
+                          holdout_mse=None, rng=np.random.default_rng(args.seed),
                           pooled=pooled)  # how many of the first rows in the target's buffer are the source's
 
-    def side(source, capacity, offset, lr):
+    def side(source, capacity, offset):
         """One task's environments, agent and data."""
         make_env = functools.partial(TaskEnv, args.env, source, max_steps=args.episode_steps,
                                      **(source_quantities(args) if source else {}))
         env = make_env(seed=2 * args.seed + offset)
         evaluation = [make_env() for _ in range(args.eval_episodes)]
         agent = SAC(env.obs_dim, env.action_dim, n_critics=args.critics, min_critics=args.min_critics or args.critics,
-                    hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=lr, discount=args.discount,
+                    hidden=(args.hidden, args.hidden), layer_norm=args.layer_norm, lr=args.lr, discount=args.discount,
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
                     backup_entropy=args.backup_entropy, actor_entropy=args.actor_entropy, actor_q=args.actor_q,
                     actor_average=args.actor_average, penalty_coef=args.target_penalty_coef,
                     dtype=args.speed["dtype"], compile=args.speed["compile"], device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
-                               buffer=ReplayBuffer(capacity, args.device, **env.shapes))
+                               best=None, buffer=ReplayBuffer(capacity, args.device, **env.shapes))
 
-    warm = learns_source and args.warm_start
-    run.target = side(None, pooled + args.target_steps, 0, args.warm_lr if warm else args.lr)
+    run.target = side(None, pooled + args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
                           args.alpha if args.alpha_rule == "fixed" else None, args.td_error == "signed")
     run.offline_data = run.source = run.model = None
@@ -221,7 +220,7 @@ def build(args, run_dir):
     if args.offline_data:
         run.offline_data = load_dataset(args.offline_data, args.device, env.action_scale, **env.shapes)
     elif learns_source:
-        run.source = side(args.source, args.source_steps, 1, args.lr)
+        run.source = side(args.source, args.source_steps, 1)
         run.model = WorldModel(env.obs_dim, env.action_dim, env.n_features, members=args.members,
                                hidden=args.model_hidden, layers=args.model_layers,
                                uncertainty_kind=args.uncertainty, coverage=args.coverage,
@@ -244,8 +243,8 @@ def planner(run):
                value=source.agent.value if args.guide else None)
 
 
-SIDE_VALUES = ("step", "updates")  # of a side, and below of a run, what a checkpoint keeps as it is
-RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse")
+SIDE_VALUES = ("step", "updates", "best")  # of a side, and below of a run, what a checkpoint keeps as it is
+RUN_VALUES = ("phase", "thresholds", "acceptance", "holdout_mse")
 
 
 def state_dict(run):
@@ -264,6 +263,7 @@ def state_dict(run):
 
 
 def load_side(side, state):
+    require(isinstance(state["best"], (dict, type(None))), f"best is {state['best']!r}")
     for part in ("env", "buffer"):
         getattr(side, part).load_state_dict(state[part])
     load_agent(side.agent, state["agent"])
@@ -274,7 +274,7 @@ def load_side(side, state):
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
         must_match(state, state_dict(run))
-        kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float, "best": dict}  # None in a new run
+        kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float}  # None in a new run
         for name, kind in kinds.items():
             require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
         for name in RUN_VALUES:
@@ -317,9 +317,13 @@ def reuse_source(run, source_run):
 
 
 def report(run, phase, info):
-    """Evaluates the policy of a phase's task: one row of progress.csv, one line on stdout."""
+    """Evaluates the agent that counts in a phase's task: one row of progress.csv, one line on stdout."""
     args, side = run.args, run.source if phase == "source" else run.target
+    present = copy.deepcopy(side.agent.state_dict())
+    if phase != "offline":
+        load_best(side)
     row, text = evaluation_row(side.agent, side.evaluation)
+    load_agent(side.agent, present)
     row.update({key: float(info[key]) for key in ("q_mean", "temperature") if info}, phase=phase, updates=side.updates,
                env_steps=run.target.step, source_steps=run.source.step if run.source else 0,
                model_holdout_mse=run.holdout_mse)
@@ -352,9 +356,9 @@ def learn(run, name):
         side.step += 1
         if not acts_randomly:
             info = update(run, side)
-        if name == "source" and args.snapshot_window and env.obs is None and (
-                side.step >= args.random_steps + args.snapshot_window):
-            keep_best(run)
+        if args.snapshot_window and env.obs is None and (
+                side.step >= args.random_steps * from_scratch + args.snapshot_window):
+            keep_best(side, recent_return(buffer, args.snapshot_window, run.pooled if name == "target" else 0))
         if name == "target" and side.step < steps:
             if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
                 fit(run, args.refit_epochs)
@@ -367,21 +371,16 @@ def learn(run, name):
         run.log.live(name, side.step, steps, text)
 
 
-def keep_best(run):
-    """Keeps a copy of the source agent when its recent training episodes return more than at any time before."""
-    mean = recent_return(run.source.buffer, run.args.snapshot_window)
-    if run.best is None or mean > run.best["return"]:
-        run.best = {"return": mean, "step": run.source.step, "agent": copy.deepcopy(run.source.agent.state_dict())}
+def keep_best(side, mean):
+    """Keeps a copy of the agent when its recent training episodes return more on the mean than at any time before."""
+    if side.best is None or mean > side.best["return"]:
+        side.best = {"return": mean, "step": side.step, "agent": copy.deepcopy(side.agent.state_dict())}
 
 
-def choose_best(run):
+def load_best(side):
     """Goes on with the agent that `keep_best` kept, if there is one."""
-    # Deviation: the last agent may be in one of the falls that policies take between one evaluation and the next
-    if run.best is not None:
-        load_agent(run.source.agent, run.best["agent"])
-        run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
-                     f"{run.best['return']:.1f}")
-        run.best = None
+    if side.best is not None:
+        load_agent(side.agent, copy.deepcopy(side.best["agent"]))
 
 
 def update(run, side):
@@ -406,7 +405,7 @@ def pretrain(run):
             text = report(run, "offline", {})
         imagine_round(run, side.updates // args.utd)
         info = update(run, side)
-        if side.updates % args.eval_every < args.utd and side.updates < args.pretrain_updates:
+        if side.updates % args.eval_every < args.utd or side.updates >= args.pretrain_updates:
             text = report(run, "offline", info)
         run.log.live("offline", side.updates, args.pretrain_updates, text)
 
@@ -545,7 +544,7 @@ def train(args):
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
-        choose_best(run)
+        load_best(run.source)
         save(run.dir / "checkpoint.pt", state_dict(run))
         stop_if_interrupted(run, state_dict)
         fit(run, args.model_epochs)
@@ -563,6 +562,8 @@ def train(args):
         if args.warm_start:
             # Deviation: the paper plans without a policy and learns one in the target task alone
             load_agent(run.target.agent, copy.deepcopy(run.source.agent.state_dict()))
+            if run.pooled and (best := run.source.best) is not None:  # its episodes, which the next have to beat
+                keep_best(run.target, recent_return(run.target.buffer, args.snapshot_window, end=best["step"]))
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
     if run.phase == "switch":
@@ -589,6 +590,7 @@ def play(args):
     run = build(args, run_dir)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
+    load_best(getattr(run, name))
     show(getattr(run, name), name, args.gif)
 
 

@@ -98,8 +98,7 @@ LONG = "n" * 300
 BAD = [
     # program, flags, words
     *[("wombet", [f"--{flag}={value}"], [flag, value]) for flag, values in {
-        "lr": ("inf", "nan", "0", "-1", "x", "1e400"), "warm-lr": ("0", "nan"),
-        "model-lr": ("inf", "nan"), "discount": ("5", "nan", "-0.1"),
+        "lr": ("inf", "nan", "0", "-1", "x", "1e400"), "model-lr": ("inf", "nan"), "discount": ("5", "nan", "-0.1"),
         "plan-penalty-coef": ("inf", "nan", "-1", "1e39"), "target-penalty-coef": ("inf", "nan"),
         "collect-penalty-coef": ("inf",), "target-entropy": ("nan", "inf", "-inf"), "polyak": ("nan", "2"),
         "return-threshold": ("nan", "inf", "-inf"), "u-threshold": ("nan", "inf"), "init-temperature": ("inf", "0"),
@@ -223,7 +222,7 @@ def rates(state):
 
 
 GOOD = [
-    ("wombet", ["--target-steps", "60", "--warm-lr", "1e-5"], {"target_steps": 60, "warm_lr": 1e-5}),
+    ("wombet", ["--target-steps", "60", "--lr", "1e-5"], {"target_steps": 60, "lr": 1e-5}),
     ("wombet", ["--target-steps", "50", "--eval-every", "5", "--eval-episodes", "2", "--checkpoint-every", "7"],
      {"eval_every": 5, "eval_episodes": 2, "checkpoint_every": 7, "lr": 1e-3}),
     ("sac", ["--target-steps", "60", "--actor-lr", "1e-5", "--critic-lr", "1e-5"], {"actor_lr": 1e-5}),
@@ -266,14 +265,11 @@ def test_an_offline_phase_is_over_once_steps_are_taken(runs, tmp_path, capsys):
     refuses(capsys, "bc", ["--online-steps 10", "20"], "--resume", folder, "--online-steps", "10")
 
 
-@pytest.mark.parametrize("flags, rate", [((), 1e-4), (("--no-warm-start",), 1e-5)])
-def test_the_learning_rate_of_a_run_that_takes_anothers_source(runs, tmp_path, flags, rate):
-    """--warm-lr is the rate of the source's agent in the target task, --lr of an agent that starts anew."""
-    code, folder = tiny("wombet", tmp_path, "--source-run", runs["wombet"], "--lr", "1e-5", "--warm-lr", "1e-4", *flags)
+def test_the_learning_rate_of_a_run_that_takes_anothers_source(runs, tmp_path):
+    code, folder = tiny("wombet", tmp_path, "--source-run", runs["wombet"], "--lr", "1e-5")
     assert code == 0
     state = load(folder / "checkpoint.pt", "cpu", "wombet")
-    assert rates(state["source"]["agent"]) == {1e-5} and rates(state["target"]["agent"]) == {rate}
-    assert config(folder)["lr"] == 1e-5
+    assert rates(state["target"]["agent"]) == rates(state["source"]["agent"]) == {1e-5} and config(folder)["lr"] == 1e-5
 
 
 def test_evaluate_takes_episodes_of_its_own(runs, capsys):
