@@ -188,14 +188,13 @@ def build(args, run_dir):
     """Everything that a run holds and a checkpoint keeps."""
     torch.manual_seed(args.seed)
     learns_source = args.prior and not args.offline_data
-    pooled = args.source_steps if learns_source and args.keep_source_data else 0
+    pooled = args.source_steps if learns_source and args.keep_source_data else 0  # first rows of the target's buffer
     require_memory(args, TaskEnv(args.env, max_steps=args.episode_steps), **{
         "offline_capacity": learns_source * args.offline_capacity,
         "source_steps": learns_source * args.source_steps + pooled})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
                           phase="source" if learns_source else "switch", thresholds=None, acceptance=None,
-                          holdout_mse=None, rng=np.random.default_rng(args.seed),
-                          pooled=pooled)  # how many of the first rows in the target's buffer are the source's
+                          holdout_mse=None, rng=np.random.default_rng(args.seed), pooled=pooled)
 
     def side(source, capacity, offset):
         """One task's environments, agent and data."""
@@ -263,7 +262,8 @@ def state_dict(run):
 
 
 def load_side(side, state):
-    require(isinstance(state["best"], (dict, type(None))), f"best is {state['best']!r}")
+    must_match(state["best"], None if state["best"] is None else
+               {"return": 0.0, "step": 0, "agent": side.agent.state_dict()}, "best")
     for part in ("env", "buffer"):
         getattr(side, part).load_state_dict(state[part])
     load_agent(side.agent, state["agent"])
@@ -348,10 +348,8 @@ def learn(run, name):
         stop_if_interrupted(run, state_dict)
         obs = env.reset() if env.obs is None else env.obs
         acts_randomly = from_scratch and side.step < args.random_steps
-        if acts_randomly:
-            action = run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32)
-        else:
-            action = agent.act(obs).cpu().numpy()
+        action = (run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32) if acts_randomly
+                  else agent.act(obs).cpu().numpy())
         store_step(env, buffer, action)
         side.step += 1
         if not acts_randomly:
