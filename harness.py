@@ -730,15 +730,14 @@ def store_step(env, buffer, action):
         env.obs = None
 
 
-def recent_return(buffer, window, first=0, end=None):
-    """Mean undiscounted return of the episodes that ended in the last `window` (one or more) of the buffer's rows from
-    `first` to `end`, an episode's first and the last one's; it has not wrapped. On the CPU: not all have float64."""
-    rows = slice(first, buffer.size if end is None else end)
-    reward, terminated, timeout = (buffer.data[key][rows].cpu() for key in ("reward", "terminated", "timeout"))
+def recent_return(buffer, window):
+    """Mean undiscounted return of the episodes that ended in the buffer's last `window` steps (one or more; the buffer
+    has not wrapped). Summed on the CPU: not every device has float64."""
+    reward, terminated, timeout = (buffer.data[key][: buffer.size].cpu() for key in ("reward", "terminated", "timeout"))
     ends = ((terminated + timeout) > 0).nonzero()[:, 0]
     totals = reward.double().cumsum(0)[ends]
     returns = totals.diff(prepend=totals.new_zeros(1))
-    return returns[ends >= len(reward) - window].mean().item()
+    return returns[ends >= buffer.size - window].mean().item()
 
 
 def stop_if_not_finite(run, loss, updates, state_dict):

@@ -50,10 +50,12 @@ def build_parser():
     g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take its source phase")
 
     g = parser.add_argument_group("transfer (section 4.6)")
-    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with "
+                   "D4RL's keys, no phases 1 and 2")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
-    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first step")
+    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
+                   "step, on D_S and the source's real data; --eval-every counts them there")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
@@ -131,9 +133,8 @@ def build_parser():
     # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
     g.add_argument("--target-penalty-coef", type=nonnegative, default=2.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
-    # Deviation: the agent of the moment may be in one of the falls that policies take between evaluations
-    g.add_argument("--snapshot-window", type=amount, default=2000, help="in either task the agent counts whose "
-                   "training episodes of so many steps returned most; 0: the agent of the moment")
+    g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
+                   "training episodes of so many steps returned most; 0: the last one")
     return parser
 
 
@@ -194,7 +195,7 @@ def build(args, run_dir):
         "source_steps": learns_source * args.source_steps + pooled})
     run = SimpleNamespace(args=args, dir=run_dir, log=Log(run_dir / "progress.csv"),
                           phase="source" if learns_source else "switch", thresholds=None, acceptance=None,
-                          holdout_mse=None, rng=np.random.default_rng(args.seed), pooled=pooled)
+                          best=None, holdout_mse=None, rng=np.random.default_rng(args.seed), pooled=pooled)
 
     def side(source, capacity, offset):
         """One task's environments, agent and data."""
@@ -209,7 +210,7 @@ def build(args, run_dir):
                     actor_average=args.actor_average, penalty_coef=args.target_penalty_coef,
                     dtype=args.speed["dtype"], compile=args.speed["compile"], device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
-                               best=None, buffer=ReplayBuffer(capacity, args.device, **env.shapes))
+                               buffer=ReplayBuffer(capacity, args.device, **env.shapes))
 
     run.target = side(None, pooled + args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
@@ -242,8 +243,8 @@ def planner(run):
                value=source.agent.value if args.guide else None)
 
 
-SIDE_VALUES = ("step", "updates", "best")  # of a side, and below of a run, what a checkpoint keeps as it is
-RUN_VALUES = ("phase", "thresholds", "acceptance", "holdout_mse")
+SIDE_VALUES = ("step", "updates")  # of a side, and below of a run, what a checkpoint keeps as it is
+RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse")
 
 
 def state_dict(run):
@@ -262,8 +263,6 @@ def state_dict(run):
 
 
 def load_side(side, state):
-    must_match(state["best"], None if state["best"] is None else
-               {"return": 0.0, "step": 0, "agent": side.agent.state_dict()}, "best")
     for part in ("env", "buffer"):
         getattr(side, part).load_state_dict(state[part])
     load_agent(side.agent, state["agent"])
@@ -274,7 +273,7 @@ def load_side(side, state):
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
         must_match(state, state_dict(run))
-        kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float}  # None in a new run
+        kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float, "best": dict}  # None in a new run
         for name, kind in kinds.items():
             require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
         for name in RUN_VALUES:
@@ -317,13 +316,9 @@ def reuse_source(run, source_run):
 
 
 def report(run, phase, info):
-    """Evaluates the agent that counts in a phase's task: one row of progress.csv, one line on stdout."""
+    """Evaluates the policy in a phase's task: one row of progress.csv, one line on stdout."""
     args, side = run.args, run.source if phase == "source" else run.target
-    present = copy.deepcopy(side.agent.state_dict())
-    if phase != "offline":
-        load_best(side)
     row, text = evaluation_row(side.agent, side.evaluation)
-    load_agent(side.agent, present)
     row.update({key: float(info[key]) for key in ("q_mean", "temperature") if info}, phase=phase, updates=side.updates,
                env_steps=run.target.step, source_steps=run.source.step if run.source else 0,
                model_holdout_mse=run.holdout_mse)
@@ -354,9 +349,9 @@ def learn(run, name):
         side.step += 1
         if not acts_randomly:
             info = update(run, side)
-        if args.snapshot_window and env.obs is None and (
-                side.step >= args.random_steps * from_scratch + args.snapshot_window):
-            keep_best(side, recent_return(buffer, args.snapshot_window, run.pooled if name == "target" else 0))
+        if name == "source" and args.snapshot_window and env.obs is None and (
+                side.step >= args.random_steps + args.snapshot_window):
+            keep_best(run)
         if name == "target" and side.step < steps:
             if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
                 fit(run, args.refit_epochs)
@@ -369,16 +364,21 @@ def learn(run, name):
         run.log.live(name, side.step, steps, text)
 
 
-def keep_best(side, mean):
-    """Keeps a copy of the agent when its recent training episodes return more on the mean than at any time before."""
-    if side.best is None or mean > side.best["return"]:
-        side.best = {"return": mean, "step": side.step, "agent": copy.deepcopy(side.agent.state_dict())}
+def keep_best(run):
+    """Keeps a copy of the source agent when its recent training episodes return more than at any time before."""
+    mean = recent_return(run.source.buffer, run.args.snapshot_window)
+    if run.best is None or mean > run.best["return"]:
+        run.best = {"return": mean, "step": run.source.step, "agent": copy.deepcopy(run.source.agent.state_dict())}
 
 
-def load_best(side):
+def choose_best(run):
     """Goes on with the agent that `keep_best` kept, if there is one."""
-    if side.best is not None:
-        load_agent(side.agent, copy.deepcopy(side.best["agent"]))
+    # Deviation: the last agent may be in one of the falls that policies take between one evaluation and the next
+    if run.best is not None:
+        load_agent(run.source.agent, run.best["agent"])
+        run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
+                     f"{run.best['return']:.1f}")
+        run.best = None
 
 
 def update(run, side):
@@ -542,7 +542,7 @@ def train(args):
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
-        load_best(run.source)
+        choose_best(run)
         save(run.dir / "checkpoint.pt", state_dict(run))
         stop_if_interrupted(run, state_dict)
         fit(run, args.model_epochs)
@@ -559,9 +559,7 @@ def train(args):
             run.target.buffer.add(**relabel(run.source.buffer.filled(), run.target.env.task.reward))
         if args.warm_start:
             # Deviation: the paper plans without a policy and learns one in the target task alone
-            load_agent(run.target.agent, copy.deepcopy(run.source.agent.state_dict()))
-            if run.pooled and (best := run.source.best) is not None:  # its episodes, which the next have to beat
-                keep_best(run.target, recent_return(run.target.buffer, args.snapshot_window, end=best["step"]))
+            run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
     if run.phase == "switch":
@@ -588,7 +586,6 @@ def play(args):
     run = build(args, run_dir)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
-    load_best(getattr(run, name))
     show(getattr(run, name), name, args.gif)
 
 
