@@ -40,7 +40,7 @@ STEPS = {"target": "env_steps", "source": "source_steps", "offline": "updates"}
 MEASURES = ("mean", "std", "iqm", "low", "high")  # the last two: the 95 % interval of iqm
 PUBLISHED = ("method", "env", "env_steps", "seeds", "mean_return", "std_return")
 XLABEL = {"target": "Target environment steps (thousands)", "source": "Source environment steps (thousands)",
-          "offline": "Gradient updates before the first step (thousands)"}
+          "offline": "Updates before the first step (thousands)"}
 DRAWN = ("curves", "bars")
 COLUMNS = {"curves": {"return_mean": "Evaluation return"}, "bars": {"return_mean": "Evaluation return"},
            "alpha": {"alpha": r"Share of $D_S$, $\alpha$", "td_error": "|TD error| (reward)"},

@@ -55,7 +55,7 @@ def build_parser():
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
-                   "step, on D_S and the source's real data; --eval-every counts them there")
+                   "step, on all data that there are; --eval-every counts them there")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
@@ -171,6 +171,9 @@ def check_args(args):
     require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     require(args.prior or not (args.offline_data or args.source_run),
             "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
+    data = args.offline_data or args.keep_source_data or args.alpha_rule == "adaptive" or args.alpha
+    require(not args.pretrain_updates or args.prior and data, "--pretrain-updates needs data before the first target "
+            "step: imagined, of the source, or a file's")
 
 
 def parse_args(argv=None):
@@ -394,10 +397,10 @@ def update(run, side):
 
 
 def pretrain(run):
-    """Learns the target task before the first step in it, from rounds of imagination and the source's real data."""
+    """Learns before the first target step, from rounds of imagination and the source's real data, or from a file's."""
     args, side, text = run.args, run.target, ""
     run.log.pace = (time.time(), side.updates)
-    while side.updates < args.pretrain_updates and (imagines(run) or run.pooled):
+    while side.updates < args.pretrain_updates:
         stop_if_interrupted(run, state_dict)
         if side.updates == 0:
             text = report(run, "offline", {})
