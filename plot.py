@@ -348,9 +348,7 @@ def plot_runs(args):
     columns, scale = COLUMNS[args.kind], args.normalise or "td3-1m"
     if args.normalise:
         columns = {"normalised": f"Normalised return\n(100: {SCALES[scale][0]})"}
-    line_runs = find_runs(args.folders, "progress.csv", [args.line]) if args.line else []
-    runs = [run for run in find_runs(args.folders, "progress.csv", args.names)
-            if run[2] not in [path for _, _, path in line_runs]]
+    runs = find_runs(args.folders, "progress.csv", args.names)
     groups = collect(runs, columns, args.phase, scale, args.all_steps)
     if args.average == "mean":  # over tasks there is no standard deviation to show
         groups = {env: group for env, group in groups.items() if "+" not in env}
@@ -360,7 +358,7 @@ def plot_runs(args):
     labels = [name for name in dict.fromkeys(name for _, name, _ in runs) if name in drawn]
     envs = [env for env in groups if "+" not in env]
     references = read_references(args.published, args.reference, envs, args.kind, args.normalise)
-    lines = collect(line_runs, columns, "target", scale)
+    lines = collect(find_runs(args.folders, "progress.csv", [args.line]), columns, "target", scale) if args.line else {}
     legend = []
     for i, name in enumerate(labels):
         n = sorted({len(task) for env in groups.values() for _, group in env.get(name, {}).values() for task in group})
