@@ -694,19 +694,24 @@ def test_stdout_of_a_real_process(tmp_path, rest):
     assert len((tmp_path / "Hopper-v4__a__0" / "progress.csv").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("program", ["wombet", "sac", "bc"])
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_sigterm_during_an_evaluation(runs, tmp_path, monkeypatch, program, number):
-    """The evaluation ends, its row is kept, the run stops with a checkpoint and goes on as if nothing had happened."""
-    original, count = harness.evaluate, [0]
+def sigterm_at(monkeypatch, module, name, number):
+    """Sends SIGTERM as that call of the module's function begins."""
+    original, count = getattr(module, name), [0]
 
-    def evaluate(*args):
+    def counted(*args):
         count[0] += 1
         if count[0] == number:
             signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(harness, "evaluate", evaluate)
+    monkeypatch.setattr(module, name, counted)
+
+
+@pytest.mark.parametrize("program", ["wombet", "sac", "bc"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_sigterm_during_an_evaluation(runs, tmp_path, monkeypatch, program, number):
+    """The evaluation ends, its row is kept, the run stops with a checkpoint and goes on as if nothing had happened."""
+    sigterm_at(monkeypatch, harness, "evaluate", number)
     code, folder = tiny(program, tmp_path, data=runs["data"])
     if code == 0:  # it was the last thing to do
         assert program != "wombet" and number >= 2
@@ -721,15 +726,7 @@ def test_sigterm_while_pretraining(runs, tmp_path, monkeypatch):
     """As many updates as without it, and the same; the same rows."""
     flags = ["--source-run", runs["wombet"], "--pretrain-updates", "50"]
     _, whole = tiny("wombet", tmp_path, *flags, name="whole")
-    original, count = wombet.update, [0]
-
-    def update(*args):
-        count[0] += 1
-        if count[0] == 20:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(wombet, "update", update)
+    sigterm_at(monkeypatch, wombet, "update", 20)
     code, folder = tiny("wombet", tmp_path, *flags)
     assert code == 130 and load(folder / "checkpoint.pt", "cpu", "wombet")["target"]["updates"] == 20
     assert start("wombet", "--resume", folder) == 0
