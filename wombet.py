@@ -130,8 +130,8 @@ def build_parser():
     g.add_argument("--target-entropy", type=real, help="nats; unless given, -action dimension / 2")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
-    # Deviation: one lambda in the paper; a step of a plan and a step that is learned from can bear different ones
-    g.add_argument("--target-penalty-coef", type=nonnegative, default=2.0, help="lambda of eq. 7, on D_S samples")
+    # one lambda in the paper: the default has one value, too, but a plan's and a target's can be set apart
+    g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
                    "training episodes of so many steps returned most; 0: the last one")
