@@ -120,20 +120,21 @@ class SAC:
 
     `target`, `critic_loss`, `actor_loss` and `temperature_loss` are the maths; the rest carries it out.
 
-    Deviation: SAC's entropy term in y (`backup_entropy`) and in the actor's loss (`actor_entropy`), which the paper
+    Deviation 15: SAC's entropy term in y (`backup_entropy`) and in the actor's loss (`actor_entropy`), which the paper
     leaves out.
 
     Args:
-        n_critics, min_critics: N and the size M of the random subset under the target's minimum (RLPD). Deviation: all
-            N in the paper (eqs. 7 and 9).
-        actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises. Deviation: the mean is
-            the default of wombet.py.
+        n_critics, min_critics: N and the size M of the random subset under the target's minimum (RLPD).
+            Deviation 13: all N in the paper (eqs. 7 and 9).
+        actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises.
+            Deviation 14: the mean is the default of wombet.py.
         penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
         dtype: "float32", or "bfloat16" for the products between hidden layers in learning (acting stays float32).
         compile: torch.compile the gradients: one fused program for a critic step and one for the actor's.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
         actor_average: rate of the actor's exponential average over its updates (Polyak and Juditsky, 1992), which is
-            what acts deterministically and proposes; 1: the actor of the moment. Deviation: the paper has no average.
+            what acts deterministically and proposes; 1: the actor of the moment.
+            Deviation 16: the paper has no average.
         target_entropy: nats; None stands for -action_dim / 2 (RLPD).
     """
 

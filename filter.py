@@ -12,7 +12,7 @@ def score_trajectories(reward, uncertainty, valid, terminated, discount):
 
     Returns J (N,), u_bar (N,); a trajectory without a valid step has J = -inf and u_bar = inf.
 
-    Deviation: a trajectory that was cut short without having terminated is scored as if its mean discounted reward
+    Deviation 7: a trajectory that was cut short without having terminated is scored as if its mean discounted reward
     had gone on for all T steps: a short one would else pass for its brevity where rewards are negative.
     """
     valid = valid.to(reward.dtype)

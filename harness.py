@@ -160,9 +160,10 @@ MACHINE = ("device", "threads", "fast")
 ANEW = (*MACHINE, "checkpoint_every", "eval_every", "eval_episodes")
 
 
-def read_flags(argv, parser, check, anew=()):
+def read_flags(argv, parser, check, anew=(), compiles=True):
     """The flags, with --resume or --evaluate those of that run. Bad ones raise ValueError, as does check(args) where
-    they contradict each other. anew: flags beside ANEW that --resume takes, and the program heeds, with a new value."""
+    they contradict each other. anew: flags beside ANEW that --resume takes, and the program heeds, with a new value.
+    compiles: whether the program can compile, and multiply in bfloat16."""
     args = parser.parse_args(argv)
     require(not (args.resume and args.evaluate), "give --resume or --evaluate, not both")
     require(not args.gif or args.evaluate, "--gif draws an evaluation: give --evaluate RUN_DIR too")
@@ -181,23 +182,28 @@ def read_flags(argv, parser, check, anew=()):
     if getattr(args, "source", None) != parser.get_default("source"):  # also where no source task is made
         make_task(args.env, args.source, **source_quantities(args))
     check(args)
-    args.speed = speed_settings(args)
+    args.speed = speed_settings(args, compiles)
     return args
 
 
-def speed_settings(args):
+def speed_settings(args, compiles):
     """What --fast stands for here: {"compile": bool, "dtype": of products in learning and planning, "precision": of
     float32 products}."""
     if args.fast == "off":
         return {"compile": False, "dtype": "float32", "precision": "highest"}
+    if not compiles:
+        return {"compile": False, "dtype": "float32", "precision": "high"}
     if args.device.startswith("cuda"):
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bfloat16 = args.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     require(compiler or args.fast != "on", "--fast on needs a C++ compiler: install one, or leave --fast auto")
-    steps = sum(value for key, value in vars(args).items() if key in ("source_steps", "target_steps"))
-    pays = compiler is not None and steps >= 20_000  # compiling takes a minute or so
+    flags = dict(vars(args))
+    if flags.get("source_run") or flags.get("offline_data") or not flags.get("prior", True):
+        flags["source_steps"] = 0  # none of them is learned in
+    steps = sum(flags.get(name, 0) for name in ("source_steps", "target_steps", "offline_updates", "online_steps"))
+    pays = compiler is not None and steps >= 10_000  # compiling takes a minute or so
     return {"compile": args.fast == "on" or pays, "dtype": "bfloat16" if args.fast == "on" or bfloat16 else "float32",
             "precision": "high"}  # TF32 on a GPU; "medium" would round to 8 bits what a network asks for in float32
 
@@ -398,6 +404,12 @@ def read_config(run_dir):
 
 
 def write_config(run_dir, args):
+    """config.json: flags, code, command and machine; of a resumed run, under "before", those that it had, oldest
+    first."""
+    before = []
+    if args.resume:
+        earlier = read_config(run_dir)
+        before = [*earlier.pop("before", []), {key: value for key, value in earlier.items() if key != "flags"}]
     try:
         commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
                                 capture_output=True, text=True).stdout.strip()
@@ -407,7 +419,8 @@ def write_config(run_dir, args):
     flags = {key: value for key, value in vars(args).items() if key not in UNKEPT}
     config = {"flags": flags, "speed": args.speed, "commit": commit or None, "command": " ".join(sys.argv),
               "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-              "machine": {"platform": platform.platform(), "cpus": os.cpu_count()}}
+              "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+              **({"before": before} if before else {})}
     with replacing(run_dir / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1) + "\n")
 

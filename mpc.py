@@ -2,7 +2,7 @@
 
 The cross-entropy method (CEM) searches action sequences for a whole batch of states at once.
 
-Deviation: given a policy and a value function, part of the candidates follow the policy in the model and the value
+Deviation 1: given a policy and a value function, part of the candidates follow the policy in the model and the value
 stands in for what comes after the horizon (guided MPC; POPLIN, LOOP and TD-MPC do likewise); without them, plain CEM.
 
 The model, the rewards and the policy are plain callables, so that any of them can be a known one:
@@ -48,7 +48,8 @@ class MPC:
         discount: gamma. penalty_coef: lambda, in reward per unit of u.
         execute_steps: actions of a plan, the elites' mean, executed before replanning.
         particles: copies of a candidate, consecutive rows for the model (`WorldModel.member_step`), over which its
-            return is averaged: eq. 1's expectation over the ensemble. Deviation: the default is 1, the ensemble's mean.
+            return is averaged: eq. 1's expectation over the ensemble.
+            Deviation 2: the default is 1, the ensemble's mean.
         policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
             horizon. None of them: plain CEM.
     """
@@ -131,7 +132,7 @@ class MPC:
                 half = torch.arange(self.population, device=obs.device)[:, None, None] % 2 == 0
                 centre, spread = torch.where(half, start.unsqueeze(1), centre), torch.where(half, self.init_std, spread)
             drawn = (centre + spread * noise).clamp(-1, 1)
-            drawn[:, 0] = start if i == 0 else mean  # the warm start and the distribution's own mean compete too
+            drawn[:, 0] = start if i == 0 else mean  # so does the last plan and, later, the mean
             candidate_scores = self.rollout(obs.repeat_interleave(self.population, 0), drawn.flatten(0, 1))[1]
             # the model is deterministic, so what was scored before keeps its score
             pool = torch.cat([pool[:, : self.n_keep], drawn], 1)
@@ -162,7 +163,7 @@ def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf
         act: obs (N, d) -> action (N, A), such as `MPC.act` or a policy.
         start_obs: (N, d). length: steps. max_uncertainty: a trajectory is cut before the step where u exceeds it.
 
-    Deviation: the paper's filter takes or leaves whole trajectories; cutting keeps the trusted part of one that drifts.
+    Deviation 7: the paper's filter takes or leaves whole trajectories; cutting keeps the trusted part.
 
     Returns {key: (N, length, ...)} with obs, action, next_obs, features, uncertainty, terminated and valid: the last
     is False after a predicted termination and from a cut on. A trajectory that is cut or reaches the last step has not

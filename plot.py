@@ -17,6 +17,7 @@ its 95 % stratified bootstrap interval (Agarwal et al. 2021, rliable).
 import argparse
 import csv
 import functools
+import json
 import math
 import sys
 import tempfile
@@ -132,6 +133,27 @@ def find_runs(folders, filename, names=None):
             if name == wanted]
 
 
+# flags in which the seeds of a group may differ
+NO_MATTER = ("seed", "out", "name", "source_run", "dataset", "offline_data", "device", "threads", "fast", "eval_every",
+             "checkpoint_every", "target_steps", "online_steps")
+
+
+def mixed_flags(runs):
+    """A line for each flag that is not the same in all seeds of a group, by their config.json."""
+    groups, lines = {}, set()
+    for env, label, path in runs:
+        config = path.with_name("config.json")
+        flags = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
+        for key in set(flags) - set(NO_MATTER):
+            seeds = groups.setdefault((env, label, key), {}).setdefault(str(flags[key]), [])
+            seeds.append(path.resolve().parent.name.split("__")[-1])
+    for (env, label, key), values in groups.items():
+        if len(values) > 1:
+            parts = (f"{value} in seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" for value, seeds in values.items())
+            lines.add(f"{env} {label}: --{key.replace('_', '-')} is {', '.join(parts)}")
+    return lines
+
+
 def curve(run, column, phase, all_steps=False):
     """Steps (k,), ascending, and values (k,) of a column; where a resumed run repeats a mark, the later row stands."""
     steps, values = run[STEPS[phase]], run.get(column, np.full(len(run["phase"]), np.nan))
@@ -161,7 +183,7 @@ def collect(runs, columns, phase, scale, all_steps=False):
     The column "normalised" is return_mean, of which SCALES[scale] counts as 0 and 100. Of it there is an entry over
     all tasks too, under their names joined by "+", for each label that has run on all of them.
     """
-    curves, groups, notes = {}, {}, set()
+    curves, groups, notes = {}, {}, mixed_flags(runs)
     for env, label, path in runs:
         data = read_columns(path, ("phase", STEPS[phase], *["source_steps"] * all_steps), ("phase",))
         if env in SCALES[scale][1] and "return_mean" in data:

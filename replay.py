@@ -78,13 +78,13 @@ class AdaptiveMix:
     """Share of D_S in a batch, from the TD error on online data (section 4.6).
 
     delta_bar <- (1 - ema) delta_bar + ema delta,  alpha = clip(gain * delta_bar, alpha_min, alpha_max),
-    where delta is the mean absolute TD error on rows of the online buffer (B_T in the paper). Deviation: wombet.py has
-    put the source's real data into that buffer too (--keep-source-data).
+    where delta is the mean absolute TD error on rows of the online buffer (B_T in the paper).
+    Deviation 17: wombet.py has put the source's real data into that buffer too (--keep-source-data).
 
     Args:
         fixed: a constant share instead (the paper's ablation), or None.
         signed: the paper's formula to the letter, (1 - ema) delta_k-1 + ema delta_k of the mean signed error.
-            Deviation: not the default, for the signed error can pin alpha at its minimum; the paper's prose says
+            Deviation 17: not the default, for the signed error can pin alpha at its minimum; the paper's prose says
             absolute.
     """
 

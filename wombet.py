@@ -130,7 +130,7 @@ def build_parser():
     g.add_argument("--target-entropy", type=real, help="nats; unless given, -action dimension / 2")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
-    # one lambda in the paper: the default has one value, too, but a plan's and a target's can be set apart
+    # Deviation 5: the paper has one lambda; a plan's and a target's are one value here, too, but can be set apart
     g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
@@ -344,6 +344,11 @@ def learn(run, name):
     run.log.pace, text, info = (time.time(), side.step), "", {}
     while side.step < steps:
         stop_if_interrupted(run, state_dict)
+        if name == "target" and side.step:
+            if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
+                fit(run, args.refit_epochs)
+                refresh_uncertainty(run)
+            imagine_round(run, side.step)
         obs = env.reset() if env.obs is None else env.obs
         acts_randomly = from_scratch and side.step < args.random_steps
         action = (run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32) if acts_randomly
@@ -355,11 +360,6 @@ def learn(run, name):
         if name == "source" and args.snapshot_window and env.obs is None and (
                 side.step >= args.random_steps + args.snapshot_window):
             keep_best(run)
-        if name == "target" and side.step < steps:
-            if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
-                fit(run, args.refit_epochs)
-                refresh_uncertainty(run)
-            imagine_round(run, side.step)
         if side.step % args.eval_every == 0 or side.step == steps:
             text = report(run, name, info)
         if side.step % args.checkpoint_every == 0:
@@ -376,7 +376,7 @@ def keep_best(run):
 
 def choose_best(run):
     """Goes on with the agent that `keep_best` kept, if there is one."""
-    # Deviation: the last agent may be in one of the falls that policies take between one evaluation and the next
+    # Deviation 12: the last agent may be in one of the falls that policies take between one evaluation and the next
     if run.best is not None:
         load_agent(run.source.agent, run.best["agent"])
         run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
@@ -418,7 +418,7 @@ def fit(run, epochs):
     parts = [run.source.buffer.filled(), {k: v[run.pooled:] for k, v in run.target.buffer.filled().items()}]
     n_real = sum(len(part["obs"]) for part in parts)
     if args.refit_on_imagined:
-        # Deviation: the paper refits on D_S and D_T; the default leaves out what the model itself has imagined
+        # Deviation 9: the paper refits on D_S and D_T; the default leaves out what the model itself has imagined
         parts.append(run.offline_data.filled())
     columns = {key: torch.cat([part[key] for part in parts]) for key in ("obs", "action", "next_obs", "features")}
     rows = torch.arange(len(columns["obs"]), device=args.device)
@@ -437,9 +437,9 @@ def fit(run, epochs):
 
 
 def imagine_round(run, number):
-    """Every --imagine-every steps (before the first: actor updates), by MPC, as the first D_S, or the present agent."""
+    """Adds a round of imagination to D_S where `number`, of steps or of actor updates, is one of --imagine-every's."""
     if imagines(run) and run.args.imagine_every and number % run.args.imagine_every == 0:
-        generate(run) if run.args.imagine_with == "mpc" else imagine_policy(run)
+        (generate if run.args.imagine_with == "mpc" else imagine_policy)(run)
 
 
 def imagines(run):
@@ -458,7 +458,7 @@ def trust_limit(run):
 def imagine_policy(run):
     """The present agent in the model under the target's reward, a few steps from real states, half of them D_T's.
 
-    Deviation: section 4.3 imagines with the planner under r_S alone. Of eq. 6 each step passes the half on u; eq. 7
+    Deviation 8: section 4.3 imagines with the planner under r_S alone. Of eq. 6 each step passes the half on u; eq. 7
     penalises it.
     """
     args, target = run.args, run.target
@@ -508,8 +508,8 @@ def imagine_mpc(run):
                                starts, length)
         source.step += int(trajectories["valid"].sum())  # real steps count
         return trajectories
-    # Deviation: some start from states of the source data, for trajectories from resets are nearly alike; a reset draws
-    # from the initial-state distribution and takes no step in the environment
+    # Deviation 6: some start from states of the source data, for trajectories from resets are nearly alike; a reset
+    # draws from the initial-state distribution and takes no step in the environment
     env, n_reset = source.evaluation[0], round(args.reset_share * n)
     env.seed(int(run.rng.integers(2**31)))
     resets = [torch.as_tensor(env.reset(), device=args.device)[None] for _ in range(n_reset)]
@@ -558,10 +558,10 @@ def train(args):
             generate(run)
             save_dataset(run.offline_data, run.dir / "first_dataset.npz")
         if args.keep_source_data:
-            # Deviation: the dynamics are shared, so real source data are as true as D_T's, and train with them
+            # Deviation 10: the dynamics are shared, so real source data are as true as D_T's, and train with them
             run.target.buffer.add(**relabel(run.source.buffer.filled(), run.target.env.task.reward))
         if args.warm_start:
-            # Deviation: the paper plans without a policy and learns one in the target task alone
+            # Deviation 11: the paper plans without a policy and learns one in the target task alone
             run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))

@@ -20,8 +20,8 @@ class WorldModel(nn.Module):
         members: E. hidden: width of each of the `layers` hidden layers (SiLU).
         uncertainty_kind: one of `UNCERTAINTIES`; what `step` and `uncertainty` return as u.
         coverage: each fit scales u such that it is at or above the true error for this share of held-out transitions
-            (split-conformal calibration), so that eq. 2's assumption W_1 <= u holds for them; 0: u as it is. Deviation:
-            the paper assumes it of the ensemble as it is.
+            (split-conformal calibration), so that eq. 2's assumption W_1 <= u holds for them; 0: u as it is.
+            Deviation 4: the paper assumes it of the ensemble as it is.
         margin: imagined observations are kept within the data's range, widened on each side by this share of it.
         inference_dtype: "float32", or "bfloat16" for the products of `step` and `uncertainty`: 1.7 times as fast where
             the processor has them; the means move by .002 normalised units, a fortieth of a good model's error.
@@ -109,7 +109,7 @@ class WorldModel(nn.Module):
     def uncertainty(self, obs, action):
         """Epistemic uncertainty u(s, a): obs (B, d), action (B, A) -> (B,), in delta-normalised units, times `scale`.
 
-        std: |std_i mean_i| / sqrt(d), a distance, as eq. 2 needs (over the d target dimensions that vary).
+        std: |std_i mean_i| / sqrt(d), over the d target dimensions that vary. Deviation 3: a distance, as eq. 2 needs.
         variance: mean over dimensions of var_i mean_i (section 4.3's "predictive variance").
         max-distance: max_i |mean_i - mean| / sqrt(d).
         aleatoric: max_i |std_i(s, a)| / sqrt(d), MOPO's penalty; not epistemic.

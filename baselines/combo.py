@@ -24,7 +24,7 @@ class COMBO(MOPO, CQL):
 
 def build_parser():
     parser = common.offline_parser(__doc__, "combo")
-    cql_flags(parser, "COMBO", alpha=0.5)
+    cql_flags(parser, "COMBO", alpha=5.0)
     model_flags(parser, real_ratio=0.5)
     return parser
 
@@ -39,7 +39,7 @@ def make_agent(args, env):
 
 
 def main(argv=None):
-    return common.main("combo", build_parser(), make_agent, argv, check)
+    return common.main("combo", build_parser(), make_agent, argv, check, compiles=True)
 
 
 if __name__ == "__main__":

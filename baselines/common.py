@@ -294,17 +294,18 @@ def play(args, make_agent, program):
     show(run, "target", args.gif)
 
 
-def main(program, parser, make_agent, argv=None, check=None):
+def main(program, parser, make_agent, argv=None, check=lambda args: None, compiles=False):
     """Runs a baseline; returns the exit code.
 
     Args:
         program: the script's name without .py. make_agent(args, env): the agent. check(args): raises ValueError.
+        compiles: whether make_agent heeds args.speed, and so --fast, in more than float32's precision.
     """
     def check_all(args):
         (check_offline if "dataset" in args else check_online)(args)
-        check and check(args)
+        check(args)
 
-    return run_program(program, lambda: read_flags(argv, parser, check_all, ANEW),
+    return run_program(program, lambda: read_flags(argv, parser, check_all, ANEW, compiles),
                        lambda args: train(args, make_agent, program), lambda args: play(args, make_agent, program))
 
 

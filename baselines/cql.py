@@ -87,7 +87,7 @@ def make_agent(args, env):
 
 
 def main(argv=None):
-    return common.main("cql", build_parser(), make_agent, argv)
+    return common.main("cql", build_parser(), make_agent, argv, compiles=True)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def make_agent(args, env):
 
 
 def main(argv=None):
-    return common.main("mopo", build_parser(), make_agent, argv)
+    return common.main("mopo", build_parser(), make_agent, argv, compiles=True)
 
 
 if __name__ == "__main__":

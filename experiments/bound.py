@@ -4,8 +4,8 @@
 
 A run's source phase gives the model, the source agent and the planner, which acts in real episodes. On the way, from
 the very states it meets, three sequences of H actions are each carried out twice, in the model and in the environment:
-the plan, the source policy's proposal, and uniform actions. Returns are undiscounted and end with the H steps, as in
-eqs. 3 to 5; the bound holds where
+a plan made anew there, the source policy's proposal, and uniform actions. Returns are undiscounted and end with the H
+steps, as in eqs. 3 to 5; the bound holds where
 
     J_P >= J_model - lambda sum_k u(s_k, a_k),   so from  lambda = (J_model - J_P) / sum_k u  on.
 

@@ -13,6 +13,8 @@ fig2's everywhere. Exit code 0: all done, 1: a run failed, 2: bad input, 130: in
 import argparse
 import fcntl
 import fnmatch
+import importlib
+import json
 import os
 import shlex
 import shutil
@@ -144,9 +146,13 @@ def fig3(b):
 
 def offline(b, topic, name, env, seed, *flags):
     data = f"{run_dir(b, default(b, env, seed))}/first_dataset.npz"
-    slow = name in ("cql", "combo")
+    slow, more = name in ("cql", "combo"), b.more.get(name, ())
+    if name == "iql":
+        more = ("--no-scale-rewards",)  # by returns of whole episodes, which D_S has not: its trajectories are cut
+    if name == "combo" and env == "Walker2d-v4":
+        more = (*more, "--rollout-length", 1)  # as OfflineRL-Kit has it there
     return new_job(b, topic, f"baselines/{name}.py", env, name, seed, "--dataset", data, "--offline-updates",
-               b.slow_offline if slow else b.offline, *b.baseline, *b.more.get(name, ()), *flags, needs=(data,))
+               b.slow_offline if slow else b.offline, *b.baseline, *more, *flags, needs=(data,))
 
 
 def fig4(b):
@@ -258,6 +264,24 @@ def to_do(jobs, b):
     for job in pending:  # it grows
         pending += [other for other in owners(job, jobs, b) if other not in pending]
     return [job for job in jobs if job in pending]
+
+
+# flags of a run that do not tell what it computes
+NO_MATTER = ("out", "name", "source_run", "dataset", "device", "threads", "fast", "checkpoint_every")
+
+
+def other_flags(job):
+    """Those flags, as a finished run has them, that are not what its command gives now: a default may have changed."""
+    config = (ROOT / job.result).with_name("config.json")
+    then = json.loads(config.read_text()).get("flags", {}) if config.exists() and not job.base else {}
+    if not then:
+        return []
+    sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
+    from harness import as_flag
+    program = importlib.import_module(Path(job.script).stem)
+    now = vars(getattr(program, "parse_args", program.build_parser().parse_args)(list(job.flags)))
+    return [as_flag(key, then[key]) for key in sorted(then)
+            if key in now and key not in NO_MATTER and then[key] != now[key]]
 
 
 def forget(job, b):
@@ -475,7 +499,9 @@ def main(argv=None):
         pending = to_do(jobs, b)
         skipped = [job for job in jobs if job not in pending]
         for job in skipped:
-            print(f"skipped, for it is done: {Path(job.result).parent}")
+            other = other_flags(job)
+            print(f"skipped, for it is done: {Path(job.result).parent}"
+                  + (f", though with {', '.join(other)}" if other else ""))
         if skipped:
             print(f"{len(skipped)} skipped; --again runs them anew")
         if not pending:

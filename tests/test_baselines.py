@@ -548,6 +548,20 @@ def test_fast_reaches_networks_and_model(method):
     assert method in ("sac", "cql") or agent.imagination.model.inference_dtype == torch.bfloat16
 
 
+def test_what_fast_stands_for(tmp_path, dataset, monkeypatch):
+    """Updates count as steps do; what a method does not heed is not in its config.json."""
+    monkeypatch.setattr(common, "train", lambda args, *_: seen.append(args.speed))
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
+    for method in ONLINE + OFFLINE:
+        seen = []
+        for fast in ("auto", "on"):
+            flag = "--target-steps" if method in ONLINE else "--offline-updates"
+            assert run(method, tmp_path, dataset, flag, 20000, "--fast", fast)[0] == 0
+        heeds = method in ("sac", "cql", "mopo", "combo")
+        assert [speed["compile"] for speed in seen] == [heeds] * 2
+        assert seen[1]["dtype"] == ("bfloat16" if heeds else "float32") and seen[1]["precision"] == "high"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.parametrize("method", [DelayedSAC, CQL])

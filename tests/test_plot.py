@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import math
 
 import numpy as np
@@ -127,6 +128,16 @@ def test_source_phase(tmp_path, capsys):
     assert lines == [["source_steps", "mean"], ["1000", "1.00"], ["2000", "2.00"]]
     assert draw(tmp_path) == 2  # it has no target rows yet
     assert_refused(capsys, "target")
+
+
+def test_seeds_of_other_flags_are_named(tmp_path, capsys):
+    """They are drawn, for a budget or a folder may differ; what else does is said."""
+    for seed, more in enumerate(({"utd": 8, "lr": 1e-3}, {"utd": 4, "target_steps": 9, "out": "x"}, {"utd": 8})):
+        folder = write_run(tmp_path, [0, 10], [1, 2], seed=seed)
+        (folder / "config.json").write_text(json.dumps({"flags": {"seed": seed, **more}}))
+    write_run(tmp_path, [0, 10], [1, 2], name="b")  # without config.json
+    assert draw(tmp_path) == 0
+    assert capsys.readouterr().err == "note: Hopper-v4 a: --utd is 8 in seeds 0, 2, 4 in seed 1\n"
 
 
 @pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,,\r\ntar", "\r\n"])

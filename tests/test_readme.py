@@ -41,6 +41,12 @@ def test_each_departure_has_flags_which_the_preset_sets():
     assert named == set(wombet.PAPER)
 
 
+def test_each_departure_is_marked_with_its_number():
+    code = "".join((ROOT / f"{name}.py").read_text() for name in ("wombet", "agent", "replay", "mpc", "filter", "world_model"))
+    marked = {int(number) for number in re.findall(r"Deviation (\d+):", code)}
+    assert marked == set(range(1, 1 + len(table("Where it departs")))) and "Deviation:" not in code
+
+
 def test_each_flag_that_matters_exists():
     assert {flag for row in table("The flags that matter") for flag in re.findall(r"--[\w-]+", row)} <= FLAGS
 

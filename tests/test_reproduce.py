@@ -3,6 +3,7 @@
 import csv
 import getpass
 import importlib
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 import common
+import sac
 import wombet
 from experiments import reproduce
 
@@ -167,6 +169,25 @@ def test_done_is_skipped_and_named_until_again(stubs, tmp_path, capsys):
     assert stubs.said("a") == "kept"
     assert stubs.run("--again") == 0
     assert stubs.said("a") == "ok" and "2 done, 0 failed" in capsys.readouterr().out
+
+
+def test_what_is_done_with_other_flags_is_named(tmp_path, monkeypatch, capsys):
+    """As where a default has changed since; a flag that was not there then is not compared."""
+    flags = ("--env", "Hopper-v4", "--name", "a", "--seed", "0", "--target-steps", "500", "--out", "runs/t")
+    result = "results/t/Hopper-v4__{}__0/progress.csv"
+    jobs = [reproduce.Job("t", f"Hopper-v4__{name}__0", script, flags, str(tmp_path / result.format(name)), (), None)
+            for name, script in (("same", "wombet.py"), ("other", "wombet.py"), ("sac", "baselines/sac.py"))]
+    monkeypatch.setitem(reproduce.TOPICS, "t", lambda b: jobs)
+    for job, module, more in zip(jobs, (wombet, wombet, sac), ({"device": "cuda"}, {"utd": 5, "lr": 0.1}, {})):
+        kept = {**vars(module.build_parser().parse_args(list(flags))), **more}
+        kept.pop("hidden")
+        Path(job.result).parent.mkdir(parents=True)
+        Path(job.result).with_name("config.json").write_text(json.dumps({"flags": kept}))
+        Path(job.result).touch()
+    assert reproduce.main(["t"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(Path(job.result).parent.name) for line, job in zip(lines, jobs)] == [True, False, True]
+    assert lines[1].endswith("Hopper-v4__other__0, though with --lr 0.1, --utd 5")
 
 
 def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path):

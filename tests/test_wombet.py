@@ -150,6 +150,8 @@ def test_what_fast_stands_for(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
     assert settings(*long)["compile"] and settings("--fast", "on") == {
         "compile": True, "dtype": "bfloat16", "precision": "high"}
+    for short in (["--no-prior"], ["--offline-data", "x"], ["--source-run", "x"]):  # no source phase is learned
+        assert not settings(*short, "--target-steps", "3000")["compile"]
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not settings(*long)["compile"]
     with pytest.raises(ValueError, match="compiler"):
@@ -221,10 +223,18 @@ def test_the_source_agent_that_goes_on(tmp_path, monkeypatch, window):
     assert kept == seen[best if window else -1][2]
 
 
-def test_resume_goes_on_to_more_steps(base, tmp_path):
+def test_more_steps_of_a_finished_run(base, tmp_path, monkeypatch):
+    """As if it had had them from the start, with the refit and the round of its 120th step; and what it was is kept."""
     folder = shutil.copytree(base, tmp_path / base.name)
-    assert wombet.main(["--resume", str(folder), "--target-steps", "160"]) == 0
-    assert rows(folder)[-1]["env_steps"] == "160"
+    _, whole = run(tmp_path / "whole", "--target-steps", 160)
+    monkeypatch.setattr(sys, "argv", ["wombet.py", "--resume"])
+    for steps in ("140", "160"):
+        assert wombet.main(["--resume", str(folder), "--target-steps", steps]) == 0
+    assert [row for row in rows(folder) if row["env_steps"] != "140"] == rows(whole)
+    first, last = (json.loads((of / "config.json").read_text()) for of in (base, folder))
+    assert "before" not in first and last["command"] == "wombet.py --resume"
+    kept = ("command", "commit", "speed", "versions", "machine")
+    assert last["before"] == [{key: of[key] for key in kept} for of in (first, last)]
 
 
 TARGET_FLAGS = {
