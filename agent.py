@@ -128,8 +128,8 @@ class SAC:
             Deviation 13: all N in the paper (eqs. 7 and 9).
         actor_q: "min" (section 4.4) or "mean" (RLPD) of the critics, which the actor maximises.
             Deviation 14: the mean is the default of wombet.py.
-        penalty_coef: lambda of eq. 7, in reward per unit of uncertainty. center_penalty: of u less D_S's mean, see
-            `with_centered_u`.
+        penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
+        floor_penalty: it takes no reward below 0, see `target`.
         dtype: "float32", or "bfloat16" for the products between hidden layers in learning (acting stays float32).
         compile: torch.compile the gradients: one fused program for a critic step and one for the actor's.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
@@ -142,10 +142,10 @@ class SAC:
     def __init__(self, obs_dim, action_dim, *, n_critics=2, min_critics=2, hidden=(256, 256), layer_norm=True, lr=3e-4,
                  discount=0.99, polyak=0.005, init_temperature=0.1, target_entropy=None, backup_entropy=True,
                  actor_entropy=True, actor_q="mean", actor_average=1.0, penalty_coef=1.0,
-                 center_penalty=False, dtype="float32", compile=False, device="cpu"):
+                 floor_penalty=False, dtype="float32", compile=False, device="cpu"):
         self.n_critics, self.min_critics, self.actor_q = n_critics, min_critics, actor_q
         self.discount, self.polyak = discount, polyak
-        self.penalty_coef, self.center_penalty = penalty_coef, center_penalty
+        self.penalty_coef, self.floor_penalty = penalty_coef, floor_penalty
         self.actor_average, self.actor_entropy = actor_average, actor_entropy
         self.backup_entropy, self.device, self.dtype = backup_entropy, torch.device(device), getattr(torch, dtype)
         self.target_entropy = -action_dim / 2 if target_entropy is None else target_entropy
@@ -199,24 +199,11 @@ class SAC:
         Returns a dict of scalar tensors; td_error and signed_td_error are the means of |mean_i Q_i - y| and of
         mean_i Q_i - y over the online rows, before the updates (NaN where there are none).
         """
-        slices, batch = len(batch["obs"]), self.with_next_action(self.with_centered_u(batch, n_offline))
+        slices, batch = len(batch["obs"]), self.with_next_action(batch)
         infos = [self.update_critic({key: values[k] for key, values in batch.items()}, n_offline)
                  for k in range(slices)]
         td_errors = {key: sum(info[key] for info in infos) / slices for key in ("td_error", "signed_td_error")}
         return {**infos[-1], **td_errors, **self.update_actor(batch["obs"][-1])}
-
-    def with_centered_u(self, batch, n_offline):
-        """The batch with the u of its D_S rows, the first n_offline of each slice, less their mean over all slices.
-
-        Deviation 18: lambda u alone takes about as much from every imagined step, and the more of it the worse the
-        model is. A real step loses nothing, so the critics come out too low; and where an imagined step is worth less
-        than nothing, a fall, which ends it, is worth more than walking. Without terminations the mean changes no policy.
-        """
-        if not (self.center_penalty and n_offline):
-            return batch
-        u = batch["uncertainty"].clone()
-        u[:, :n_offline] -= u[:, :n_offline].mean()
-        return {**batch, "uncertainty": u}
 
     @torch.no_grad()
     def with_next_action(self, batch):
@@ -238,6 +225,8 @@ class SAC:
         if self.backup_entropy:
             value = value - self.log_temperature.exp() * batch["next_log_prob"]
         reward = batch["reward"] - self.penalty_coef * batch["uncertainty"]
+        if self.floor_penalty:
+            reward = reward.maximum(batch["reward"].clamp(max=0.0))
         return reward + self.discount * (1 - batch["terminated"]) * value
 
     def critic_loss(self, batch, subset=None):

@@ -132,7 +132,7 @@ def build_parser():
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
     # Deviation 5: the paper has one lambda; a plan's and a target's are one value here, too, but can be set apart
     g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
-    g.add_argument("--center-penalty", **SWITCH, default=True, help="penalise u less its mean over D_S's rows")
+    g.add_argument("--floor-penalty", **SWITCH, default=True, help="the penalty takes no reward below 0")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
                    "training episodes of so many steps returned most; 0: the last one")
@@ -212,7 +212,7 @@ def build(args, run_dir):
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
                     backup_entropy=args.backup_entropy, actor_entropy=args.actor_entropy, actor_q=args.actor_q,
                     actor_average=args.actor_average, penalty_coef=args.target_penalty_coef,
-                    center_penalty=args.center_penalty,
+                    floor_penalty=args.floor_penalty,
                     dtype=args.speed["dtype"], compile=args.speed["compile"], device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
                                buffer=ReplayBuffer(capacity, args.device, **env.shapes))
