@@ -54,8 +54,7 @@ def build_parser():
                    "D4RL's keys, no phases 1 and 2")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
-    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
-                   "step, on all data that there are; --eval-every counts them there")
+    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
@@ -132,7 +131,7 @@ def build_parser():
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
     # Deviation 5: the paper has one lambda; a plan's and a target's are one value here, too, but can be set apart
     g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
-    g.add_argument("--floor-penalty", **SWITCH, default=True, help="the penalty takes no reward below 0")
+    g.add_argument("--floor-penalty", **SWITCH, default=True, help="that penalty takes no reward below 0")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
                    "training episodes of so many steps returned most; 0: the last one")
@@ -144,9 +143,9 @@ PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", 
          "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000, "refit_on_imagined": True,
          "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15, "population": 128, "elites": 16,
          "iterations": 3, "init_std": 0.5, "expectation": "members", "uncertainty": "variance", "coverage": 0.0,
-         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "min_critics": 0, "actor_q": "min",
-         "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False, "snapshot_window": 0,
-         "td_error": "signed"}
+         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "floor_penalty": False, "min_critics": 0,
+         "actor_q": "min", "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False,
+         "snapshot_window": 0, "td_error": "signed"}
 
 
 def check_args(args):
@@ -212,8 +211,8 @@ def build(args, run_dir):
                     polyak=args.polyak, init_temperature=args.init_temperature, target_entropy=args.target_entropy,
                     backup_entropy=args.backup_entropy, actor_entropy=args.actor_entropy, actor_q=args.actor_q,
                     actor_average=args.actor_average, penalty_coef=args.target_penalty_coef,
-                    floor_penalty=args.floor_penalty,
-                    dtype=args.speed["dtype"], compile=args.speed["compile"], device=args.device)
+                    floor_penalty=args.floor_penalty, dtype=args.speed["dtype"], compile=args.speed["compile"],
+                    device=args.device)
         return SimpleNamespace(env=env, make_env=make_env, evaluation=evaluation, agent=agent, step=0, updates=0,
                                buffer=ReplayBuffer(capacity, args.device, **env.shapes))
 
@@ -466,8 +465,7 @@ def imagine_policy(run):
     args, target = run.args, run.target
     n_new = args.rollouts // 2 if target.buffer.size > run.pooled else 0  # none before D_T begins
     starts = [run.source.buffer.sample(args.rollouts - n_new)["obs"]]
-    if n_new:
-        starts.append(target.buffer.sample(n_new, first=run.pooled)["obs"])
+    starts += [target.buffer.sample(n_new, first=run.pooled)["obs"]] if n_new else []
     trajectories = imagine(run.model.step, target.env.task.terminated, target.agent.act, torch.cat(starts),
                            args.rollout_length, trust_limit(run))
     run.offline_data.add(**to_transitions(trajectories, trajectories["valid"][:, 0], target.env.task.reward))

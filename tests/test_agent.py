@@ -82,6 +82,15 @@ def test_target_by_hand(columns, expected):
     assert measured_target(sac, rows=5, **columns) == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize("reward, u, floored, expected", [
+    (2.0, 0.5, True, 0.0), (2.0, 0.5, False, 0.0), (2.0, 0.9, True, 0.0), (2.0, 0.9, False, -1.6),
+    (2.0, 0.25, True, 1.0), (-1.0, 0.25, True, -1.0), (-1.0, 0.25, False, -2.0), (-1.0, 0.0, True, -1.0)])
+def test_the_penalty_takes_no_reward_below_zero(reward, u, floored, expected):
+    """max(r - lambda u, min(r, 0)): no uncertain step is worth less than a fall, after which nothing comes."""
+    sac = SAC(3, 2, hidden=(8,), lr=0.0, penalty_coef=4.0, floor_penalty=floored)
+    assert measured_target(sac, reward=reward, uncertainty=u, terminated=1.0) == pytest.approx(expected, abs=2e-3)
+
+
 @pytest.mark.parametrize("backup", [True, False])
 @pytest.mark.parametrize("terminated", [0.0, 1.0])
 def test_entropy_in_the_target(backup, terminated):

@@ -244,6 +244,7 @@ TARGET_FLAGS = {
     "no filter": ["--filter", "none"],
     "thresholds": ["--return-threshold", "-1000", "--u-threshold", "1000"],
     "no penalty in MPC": ["--plan-penalty-coef", "0"], "no penalty in the target": ["--target-penalty-coef", "0"],
+    "no floor": ["--no-floor-penalty"],
     "no refit": ["--refit-every", "0"], "refit on D_S": ["--refit-on-imagined"], "no guide": ["--no-guide"],
     "the first round alone": ["--imagine-every", "0"], "MPC's rounds": ["--imagine-with", "mpc"],
     "new agent": ["--no-warm-start"], "without real source data": ["--no-keep-source-data"],
