@@ -222,7 +222,7 @@ class SAC:
         networks; subset (M,): the critics under the minimum, None: all N. u is 0 on real data.
 
         Deviation 18: max(r - lambda u, min(r, 0)) in place of r - lambda u (`floor_penalty`). What follows a fall is
-        worth 0, so where uncertain steps are worth less, the agent learns to fall.
+        worth 0, so where uncertain steps are worth less, the agent learns to fall. A negative r loses nothing.
         """
         value = self.target_critic(batch["next_obs"], batch["next_action"], subset).amin(0)
         if self.backup_entropy:
