@@ -132,7 +132,7 @@ class MPC:
                 half = torch.arange(self.population, device=obs.device)[:, None, None] % 2 == 0
                 centre, spread = torch.where(half, start.unsqueeze(1), centre), torch.where(half, self.init_std, spread)
             drawn = (centre + spread * noise).clamp(-1, 1)
-            drawn[:, 0] = start if i == 0 else mean  # so does the last plan and, later, the mean
+            drawn[:, 0] = start if i == 0 else mean  # the last plan, then the mean, is a candidate too
             candidate_scores = self.rollout(obs.repeat_interleave(self.population, 0), drawn.flatten(0, 1))[1]
             # the model is deterministic, so what was scored before keeps its score
             pool = torch.cat([pool[:, : self.n_keep], drawn], 1)

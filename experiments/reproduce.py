@@ -276,7 +276,8 @@ def other_flags(job):
     then = json.loads(config.read_text()).get("flags", {}) if config.exists() and not job.base else {}
     if not then:
         return []
-    sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
+    places = [str(ROOT), str(ROOT / "baselines")]  # where the programs lie
+    sys.path[:0] = [place for place in places if place not in sys.path]
     from harness import as_flag
     program = importlib.import_module(Path(job.script).stem)
     now = vars(getattr(program, "parse_args", program.build_parser().parse_args)(list(job.flags)))
