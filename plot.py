@@ -129,13 +129,16 @@ def find_runs(folders, filename, names=None):
     for key, paths in runs.items():
         if key[1] in labels and len(paths) > 1:
             raise ValueError(f"two runs are named {'__'.join(key)}: plot one folder of them")
-    return [(env, label, path) for wanted, label in labels.items() for (env, name, _), (path, *_) in runs.items()
-            if name == wanted]
+    found = [(env, label, path) for wanted, label in labels.items() for (env, name, _), (path, *_) in runs.items()
+             if name == wanted]
+    for line in sorted(mixed_flags(found)):
+        print(f"note: {line}", file=sys.stderr)
+    return found
 
 
 # flags in which the seeds of a group may differ
-NO_MATTER = ("seed", "out", "name", "source_run", "dataset", "offline_data", "device", "threads", "fast", "eval_every",
-             "checkpoint_every", "target_steps", "online_steps")
+MAY_DIFFER = ("seed", "out", "name", "source_run", "dataset", "offline_data", "device", "threads", "fast", "eval_every",
+              "checkpoint_every", "target_steps", "online_steps")
 
 
 def mixed_flags(runs):
@@ -144,7 +147,7 @@ def mixed_flags(runs):
     for env, label, path in runs:
         config = path.with_name("config.json")
         flags = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
-        for key in set(flags) - set(NO_MATTER):
+        for key in set(flags) - set(MAY_DIFFER):
             seeds = groups.setdefault((env, label, key), {}).setdefault(str(flags[key]), [])
             seeds.append(path.resolve().parent.name.split("__")[-1])
     for (env, label, key), values in groups.items():
@@ -183,7 +186,7 @@ def collect(runs, columns, phase, scale, all_steps=False):
     The column "normalised" is return_mean, of which SCALES[scale] counts as 0 and 100. Of it there is an entry over
     all tasks too, under their names joined by "+", for each label that has run on all of them.
     """
-    curves, groups, notes = {}, {}, mixed_flags(runs)
+    curves, groups, notes = {}, {}, set()
     for env, label, path in runs:
         data = read_columns(path, ("phase", STEPS[phase], *["source_steps"] * all_steps), ("phase",))
         if env in SCALES[scale][1] and "return_mean" in data:

@@ -54,6 +54,10 @@ BUDGETS = {
               "more": {"sac": ("--random-steps", 100), "td3": ("--random-steps", 100), "ppo": ("--rollout-steps", 128),
                        "cql": FEW_ACTIONS, "combo": FEW_ACTIONS, "bc": ("--critic-steps", 50)}}}
 
+# flags of offline methods on D_S, by method, or method and environment. IQL scales rewards by the returns of whole
+# episodes, which D_S has not: its trajectories are cut. COMBO's rollouts: OfflineRL-Kit's for that environment
+ON_D_S = {"iql": ("--no-scale-rewards",), ("combo", "Walker2d-v4"): ("--rollout-length", 1)}
+
 # folder: of the run below runs/<topic>/ and results/<topic>/. flags: of the command, with everything. result: the file
 # that says that it is done. needs: files of other runs without which it cannot start. base: a finished run, a copy of
 # which it continues (None: it starts from nothing)
@@ -146,11 +150,7 @@ def fig3(b):
 
 def offline(b, topic, name, env, seed, *flags):
     data = f"{run_dir(b, default(b, env, seed))}/first_dataset.npz"
-    slow, more = name in ("cql", "combo"), b.more.get(name, ())
-    if name == "iql":
-        more = ("--no-scale-rewards",)  # by returns of whole episodes, which D_S has not: its trajectories are cut
-    if name == "combo" and env == "Walker2d-v4":
-        more = (*more, "--rollout-length", 1)  # as OfflineRL-Kit has it there
+    slow, more = name in ("cql", "combo"), (*b.more.get(name, ()), *ON_D_S.get(name, ()), *ON_D_S.get((name, env), ()))
     return new_job(b, topic, f"baselines/{name}.py", env, name, seed, "--dataset", data, "--offline-updates",
                b.slow_offline if slow else b.offline, *b.baseline, *more, *flags, needs=(data,))
 

@@ -42,7 +42,8 @@ def test_each_departure_has_flags_which_the_preset_sets():
 
 
 def test_each_departure_is_marked_with_its_number():
-    code = "".join((ROOT / f"{name}.py").read_text() for name in ("wombet", "agent", "replay", "mpc", "filter", "world_model"))
+    files = ("wombet", "agent", "replay", "mpc", "filter", "world_model")
+    code = "".join((ROOT / f"{name}.py").read_text() for name in files)
     marked = {int(number) for number in re.findall(r"Deviation (\d+):", code)}
     assert marked == set(range(1, 1 + len(table("Where it departs")))) and "Deviation:" not in code
 
