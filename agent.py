@@ -108,7 +108,7 @@ class CriticEnsemble(nn.Module):
         return (self.last_hidden(obs, action, layers) * weight.mT).sum(-1) + bias.squeeze(-1)
 
 
-def step(optimizer, parameters, gradients):
+def step_along(optimizer, parameters, gradients):
     """One optimiser step along given gradients."""
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
@@ -270,7 +270,7 @@ class SAC:
         return torch.autograd.grad(loss, self.critic_parameters), loss.detach(), q, y
 
     def step_critic(self, gradients):
-        step(self.critic_optimizer, self.critic_parameters, gradients)
+        step_along(self.critic_optimizer, self.critic_parameters, gradients)
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.polyak)
 
@@ -278,7 +278,7 @@ class SAC:
         """One step of the actor, its average and the temperature: obs (B, obs_dim); scalar tensors."""
         noise = torch.randn(*obs.shape[:-1], self.action_dim, device=self.device)
         gradients, info = self.actor_gradients(obs, noise)
-        step(self.actor_optimizer, self.actor_parameters, gradients)
+        step_along(self.actor_optimizer, self.actor_parameters, gradients)
         with torch.no_grad():
             torch._foreach_lerp_(self.average_parameters, self.actor_parameters[:-1], self.actor_average)
         return info
