@@ -57,7 +57,7 @@ def build_parser():
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
-    g.add_argument("--alpha-gain", type=nonnegative, default=0.3, help="alpha = clip(gain * TD error, min, max)")
+    g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="alpha = clip(gain * TD error, min, max)")
     g.add_argument("--alpha-min", type=fraction, default=0.05, help="lower end of alpha")
     g.add_argument("--alpha-max", type=fraction, default=0.5, help="upper end of alpha")
     g.add_argument("--alpha-ema", type=fraction, default=0.005, help="rate of the TD error's running mean, per step")

@@ -386,9 +386,9 @@ def test_thresholds_are_held_over_rounds(base, tmp_path, monkeypatch):
 
 
 def test_alpha_follows_the_td_error(base, tmp_path):
-    _, folder = run(tmp_path, "--source-run", base, "--alpha-gain", "0.1", "--alpha-min", "0", "--alpha-max", "0.9")
+    _, folder = run(tmp_path, "--source-run", base, "--alpha-gain", "0.2", "--alpha-min", "0", "--alpha-max", "0.9")
     for row in rows(folder)[4:]:
-        assert float(row["alpha"]) == pytest.approx(0.1 * float(row["td_error"]))
+        assert float(row["alpha"]) == pytest.approx(0.2 * float(row["td_error"]))
         assert 0 < float(row["alpha"]) < 0.9  # not clipped
 
 
