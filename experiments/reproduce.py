@@ -115,7 +115,9 @@ def parts(b):
     """A new agent in the target task, given what is imagined alone (the paper's transfer), or the real data alone."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
-        for name, flags in {"model": ("--no-keep-source-data",), "data": NOTHING_IMAGINED}.items():
+        # D_S is all that the first has, so it takes more of it
+        model = ("--no-keep-source-data", "--alpha-gain", 0.3)
+        for name, flags in {"model": model, "data": NOTHING_IMAGINED}.items():
             yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *flags) for seed in b.few)
 
 
@@ -268,6 +270,9 @@ def to_do(jobs, b):
 
 # flags of a run that do not tell what it computes
 NO_MATTER = ("out", "name", "source_run", "dataset", "device", "threads", "fast", "checkpoint_every")
+# and of one that imagines nothing
+NOT_IMAGINED = ("alpha_gain", "alpha_min", "alpha_max", "target_penalty_coef", "floor_penalty", "imagine_every",
+                "rollouts", "rollout_length", "refit_every", "refit_epochs", "offline_capacity")
 
 
 def other_flags(job):
@@ -281,8 +286,9 @@ def other_flags(job):
     from harness import as_flag
     program = importlib.import_module(Path(job.script).stem)
     now = vars(getattr(program, "parse_args", program.build_parser().parse_args)(list(job.flags)))
-    return [as_flag(key, then[key]) for key in sorted(then)
-            if key in now and key not in NO_MATTER and then[key] != now[key]]
+    nothing = then.get("alpha_rule") == "fixed" and then["alpha"] == 0
+    return [as_flag(key, then[key]) for key in sorted(then) if key in now and then[key] != now[key]
+            and key not in NO_MATTER and not (nothing and key in NOT_IMAGINED)]
 
 
 def forget(job, b):

@@ -172,22 +172,26 @@ def test_done_is_skipped_and_named_until_again(stubs, tmp_path, capsys):
 
 
 def test_what_is_done_with_other_flags_is_named(tmp_path, monkeypatch, capsys):
-    """As where a default has changed since; a flag that was not there then is not compared."""
+    """As where a default has changed since; not a flag that was not there then, nor one of imagination with none."""
     flags = ("--env", "Hopper-v4", "--name", "a", "--seed", "0", "--target-steps", "500", "--out", "runs/t")
+    control = ("--alpha-rule", "fixed", "--alpha", "0")
     result = "results/t/Hopper-v4__{}__0/progress.csv"
-    jobs = [reproduce.Job("t", f"Hopper-v4__{name}__0", script, flags, str(tmp_path / result.format(name)), (), None)
-            for name, script in (("same", "wombet.py"), ("other", "wombet.py"), ("sac", "baselines/sac.py"))]
+    jobs = [reproduce.Job("t", f"Hopper-v4__{name}__0", script, (*flags, *more), str(tmp_path / result.format(name)),
+                          (), None)
+            for name, script, *more in (("same", "wombet.py"), ("other", "wombet.py"), ("sac", "baselines/sac.py"),
+                                        ("control", "wombet.py", *control))]
     monkeypatch.setitem(reproduce.TOPICS, "t", lambda b: jobs)
-    for job, module, more in zip(jobs, (wombet, wombet, sac), ({"device": "cuda"}, {"utd": 5, "lr": 0.1}, {})):
-        kept = {**vars(module.build_parser().parse_args(list(flags))), **more}
+    before = ({"device": "cuda"}, {"utd": 5, "lr": 0.1, "alpha_gain": 0.7}, {}, {"alpha_gain": 0.7})
+    for job, module, more in zip(jobs, (wombet, wombet, sac, wombet), before):
+        kept = {**vars(module.build_parser().parse_args(list(job.flags))), **more}
         kept.pop("hidden")
         Path(job.result).parent.mkdir(parents=True)
         Path(job.result).with_name("config.json").write_text(json.dumps({"flags": kept}))
         Path(job.result).touch()
     assert reproduce.main(["t"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith(Path(job.result).parent.name) for line, job in zip(lines, jobs)] == [True, False, True]
-    assert lines[1].endswith("Hopper-v4__other__0, though with --lr 0.1, --utd 5")
+    assert [line.endswith(Path(job.result).parent.name) for line, job in zip(lines, jobs)] == [True, False, True, True]
+    assert lines[1].endswith("Hopper-v4__other__0, though with --alpha-gain 0.7, --lr 0.1, --utd 5")
 
 
 def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path):
