@@ -197,11 +197,14 @@ def collect(runs, columns, phase, scale, all_steps=False):
                 curves.setdefault((env, label, column), [[]])[0].append(points)
     scaled = [(env, label) for env, label, column in curves if column == "normalised"]
     tasks = sorted({env for env, _ in scaled})
+    missing = []
     for label in dict.fromkeys(label for _, label in scaled) if len(tasks) > 1 else ():
         if all((env, label) in scaled for env in tasks):
             curves["+".join(tasks), label, "normalised"] = [curves[env, label, "normalised"][0] for env in tasks]
         else:
-            notes.add(f"{label} is not in what is over all tasks: it has not run on each of {', '.join(tasks)}")
+            missing.append(label)
+    if missing:
+        notes.add(f"left out of what is over all tasks, as not run on each of {', '.join(tasks)}: {', '.join(missing)}")
     for (env, label, column), seeds in curves.items():
         flat = sum(seeds, [])
         marks, values = aggregate(flat)

@@ -284,7 +284,7 @@ def test_normalised_with_a_panel_over_all_tasks(tmp_path, capsys):
     assert [ax.get_title() for ax in fig.axes] == ["HalfCheetah-v4", "Hopper-v4", "All 2 tasks"]
     assert all(ax.lines[0].get_ydata().tolist() == [0, 100] for ax in fig.axes) and len(fig.axes[2].lines) == 1
     assert "TD3 at 1M" in fig.axes[0].get_ylabel()
-    assert "b is not in what is over all tasks" in capsys.readouterr().err
+    assert "all tasks, as not run on each of HalfCheetah-v4, Hopper-v4: b\n" in capsys.readouterr().err
     other = figure(tmp_path, "--normalise", "d4rl-v2", "--names", "a").axes
     assert len(other) == 2 and other[0].lines[0].get_ydata()[1] == pytest.approx(100 * 10854.18 / 12415.18)
 
