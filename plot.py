@@ -492,7 +492,8 @@ def summarise(args):
     where each group has a source task of its own, with <group>-control and with fig2's scratch.
     """
     scale = args.normalise or "td3-1m"
-    columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error"}
+    columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
+               "length_mean": "length"}
     folders = [place for folder in map(Path, args.folders) for place in (folder, *sorted(folder.glob("*/")))]
     topics = {place.resolve().name: find_runs([place], "progress.csv") for place in folders
               if any(place.glob("*/progress.csv"))}
@@ -503,19 +504,27 @@ def summarise(args):
     rows = [("topic", "phase", "env", "method", "quantity", "step", *MEASURES, "seeds")]
     for (topic, phase), envs in found.items():
         for env, labels in envs.items():
-            rows += [(topic, phase, env, label, columns[column], *numbers, min(map(len, group)))
-                     for label, series in labels.items() for column, (marks, group) in series.items()
-                     for numbers in zip(marks, *statistics(group))]
+            for label, series in labels.items():
+                for column, (marks, group) in series.items():
+                    quantity, seeds = columns[column], min(map(len, group))
+                    rows += [(topic, phase, env, label, quantity, *numbers, seeds)
+                             for numbers in zip(marks, *statistics(group))]
+                    if quantity in ("return", "length") and marks[-1] > 0:
+                        rows += [(topic, phase, env, label, f"{quantity} over the marks", marks[-1], *numbers, seeds)
+                                 for numbers in zip(*statistics(over_marks(marks, group)))]
             known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
             pairs = [("wombet", label) for label in labels] if topic != "shift" else [
                 (label, rival) for label in labels for rival in (f"{label}-control", "scratch") if "-" not in label]
             for name, rival in pairs:
-                column = "normalised" if "+" in env else "return_mean"
-                ours, theirs = known.get(name, {}).get(column), {**known, **labels}.get(rival, {}).get(column)
-                if ours and theirs and name != rival:
-                    rows += [(topic, phase, env, name, f"{words} {rival}@{mark:.0f}", step, value, math.nan, math.nan,
-                              *ends, min(map(len, ours[1] + theirs[1])))
-                             for words, mark, step, value, *ends in compare(ours, theirs, phase == "target")]
+                for column in ("normalised" if "+" in env else "return_mean", "length_mean"):
+                    ours, theirs = known.get(name, {}).get(column), {**known, **labels}.get(rival, {}).get(column)
+                    if not ours or not theirs or name == rival:
+                        continue
+                    same = phase == "target"  # the two count the same steps
+                    compared = [] if column == "length_mean" else list(compare(ours, theirs, rival, same))
+                    compared += compare_means(ours, theirs, rival, columns[column]) if same else []
+                    rows += [(topic, phase, env, name, words, step, value, math.nan, math.nan, *ends,
+                              min(map(len, ours[1] + theirs[1]))) for words, step, value, *ends in compared]
     if args.published:
         table = read_columns(args.published, PUBLISHED, PUBLISHED[:2])
         rows += [("published", "target", env, method, "return", step, mean, std, *3 * [math.nan], int(seeds))
@@ -523,16 +532,31 @@ def summarise(args):
     return rows
 
 
-def compare(ours, theirs, same_steps):
-    """Two (marks (m,), group) -> (words, their mark, our mark, value, low, high) of each comparison: who is better at
-    the last mark of both (if they count the same steps) and at the last of each, and when we are where they end."""
+def over_marks(marks, group):
+    """A column's (marks (m,), group) -> a group of its mean over the marks after step 0: a list of (S, 1) a task."""
+    return [values[:, marks > 0].mean(1, keepdims=True) for values in group]
+
+
+def compare(ours, theirs, rival, same_steps):
+    """Two (marks (m,), group) -> (words, our mark, value, low, high) of each comparison: who is better at the last
+    mark of both (if they count the same steps) and at the last of each, and when we are where they end."""
     (marks, our_group), (their_marks, their_group) = ours, theirs
     common = sorted(set(marks) & set(their_marks))[-1:] if same_steps else []
     for mine, other in dict.fromkeys([*zip(common, common), (marks[-1], their_marks[-1])]):
         at = [x[:, marks == mine] for x in our_group], [x[:, their_marks == other] for x in their_group]
-        yield "probability of improvement on", other, mine, improvement(*at)[0], *interval(improvement, *at)[:, 0]
+        yield (f"probability of improvement on {rival}@{other:.0f}", mine, improvement(*at)[0],
+               *interval(improvement, *at)[:, 0])
     first, goal = functools.partial(steps_to_reach, marks), [values[:, -1:] for values in their_group]
-    yield "steps to reach", other, mine, float(first(our_group, goal)), *interval(first, our_group, goal)
+    yield (f"steps to reach {rival}@{their_marks[-1]:.0f}", marks[-1], float(first(our_group, goal)),
+           *interval(first, our_group, goal))
+
+
+def compare_means(ours, theirs, rival, quantity):
+    """The same of whose mean over the marks is higher, where both have the same marks."""
+    if np.array_equal(ours[0], theirs[0]) and ours[0][-1] > 0:
+        means = over_marks(*ours), over_marks(*theirs)
+        yield (f"probability of a higher {quantity} over the marks than {rival}", ours[0][-1], improvement(*means)[0],
+               *interval(improvement, *means)[:, 0])
 
 
 def write_gif(frames, path, size=240, milliseconds=40):

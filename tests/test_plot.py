@@ -392,12 +392,14 @@ def test_summary(tmp_path, published):
     for env, shift in (("Hopper-v4", 0), ("HalfCheetah-v4", 3)):
         for seed in range(2):
             write_run(tmp_path / "fig2", [0, 2500, 5000], [1, 5 + seed, 9 + seed], env, "wombet", seed,
-                      q_error=[3, 2, 1])
+                      q_error=[3, 2, 1], length_mean=[9, 10 + seed, 20])
             write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
     write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="scratch")
     for name in ("stand", "stand-control"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
+    for seed in range(2):
+        write_run(tmp_path / "control", [0, 2500, 5000], [1, 7, 10], name="control", seed=seed, length_mean=[9, 9, 31])
     write_run(tmp_path / "fig4", [10000], [5], name="iql", seed=1, phase="offline")
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
     header, *rows = read_table(tmp_path / "summary.csv")
@@ -422,6 +424,14 @@ def test_summary(tmp_path, published):
     # sac ends at 5.5, what wombet's mean is at 2,500; on HalfCheetah at 2.5, which one of 5 and 6 reaches too
     assert compared("fig2", "Hopper-v4", "steps to reach sac@10000", "5000") == ["2500", "", "", "2500", "5000", "2"]
     assert compared("fig2", "HalfCheetah-v4", "steps to reach sac@10000", "5000")[0] == "2500"
+    # means over the marks after the first step: returns 7 and 8, lengths 15 and 15.5, of the control 8.5 and 20
+    over = found["fig2", "target", "Hopper-v4", "wombet", "return over the marks", "5000"]
+    assert [float(x) for x in over] == pytest.approx([7.5, math.sqrt(0.5), 7.5, 7, 8, 2])
+    assert found["control", "target", "Hopper-v4", "control", "length over the marks", "5000"][0] == "20"
+    words = "probability of a higher {} over the marks than control"
+    assert compared("control", "Hopper-v4", words.format("return"), "5000")[0] == "0"
+    assert compared("control", "Hopper-v4", words.format("length"), "5000") == ["0", "", "", "0", "0", "2"]
+    assert not any("than sac" in key[4] for key in found)  # which was evaluated at other steps
     # fig4 has no wombet of its own: fig2's; it never reaches 20
     assert compared("fig4", "Hopper-v4", "steps to reach iql@5000", "5000")[0] == "inf"
     assert compared("fig4", "Hopper-v4", "probability of improvement on iql@5000", "5000")[0] == "0"
@@ -430,7 +440,7 @@ def test_summary(tmp_path, published):
     assert [key[3:] for key in offline] == [("wombet", "probability of improvement on iql@10000", "5000"),
                                             ("wombet", "steps to reach iql@10000", "5000")]
     # with another source task each group has its own control
-    assert {key[3:5] for key in found if key[0] == "shift" and "probability" in key[4]} == {
+    assert {key[3:5] for key in found if key[0] == "shift" and "improvement" in key[4]} == {
         ("stand", "probability of improvement on stand-control@5000"),
         ("stand", "probability of improvement on scratch@5000")}
     before = (tmp_path / "summary.csv").read_text()

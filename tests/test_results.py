@@ -9,6 +9,9 @@ A table is marked by a comment before it, which names what each column after the
 
 The first cell is the environment, or begins with "All" for the row over all tasks, normalised. A cell is a mean, a mean
 ± standard deviation, or an interquartile mean [interval], rounded as it likes; words do not count; – is not measured.
+@mean is the mean over the marks after step 0, and method:length the length of the episodes.
+
+Anywhere in a page, a value with an interval, as 0.52 [0.12, 0.92], is some row's of that file.
 """
 
 import csv
@@ -26,20 +29,40 @@ CELL = re.compile(rf"^{NUMBER}(?: ± {NUMBER}| \[{NUMBER}, {NUMBER}\])?$")
 
 
 def read_summary(path):
-    """{(topic, environment or "All", method, step): row} of returns in the target phase, and of method:offline before
-    it, where step counts updates; over all tasks normalised."""
+    """{(topic, environment or "All", method, step or "mean"): row} of returns in the target phase, of method:offline
+    before it, where step counts updates, and of method:length; over all tasks of normalised returns."""
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["phase"] in ("target", "offline")]
-    kept = [row for row in rows if row["quantity"].startswith("normalised" if "+" in row["env"] else "return")]
-    return {(row["topic"], "All" if "+" in row["env"] else row["env"],
-             row["method"] + ":offline" * (row["phase"] == "offline"), int(row["step"])): row for row in kept}
+    found = {}
+    for row in rows:
+        quantity, over, _ = row["quantity"].partition(" over the marks")
+        if quantity == "length" or quantity.startswith("normalised" if "+" in row["env"] else "return"):
+            method = row["method"] + ":offline" * (row["phase"] == "offline") + ":length" * (quantity == "length")
+            found[row["topic"], "All" if "+" in row["env"] else row["env"], method, "mean" if over else row["step"]] = row
+    return found
+
+
+INTERVAL = re.compile(r"([−-]?\d[\d.,]*) \[([−-]?\d[\d.,]*), ([−-]?\d[\d.,]*)\]")
+
+
+def unknown_intervals(text, path):
+    """The values with an interval in a text that are no row of that summary."""
+    with open(path, newline="") as file:
+        rows = [(row["iqm"] or row["mean"], row["low"], row["high"]) for row in csv.DictReader(file) if row["low"]]
+    found = []
+    for match in INTERVAL.finditer(text):
+        numbers = [number.replace(",", "").replace("−", "-") for number in match.groups()]
+        digits = [len(number.partition(".")[2]) for number in numbers]
+        if not any([f"{float(x):.{d}f}" for x, d in zip(row, digits)] == numbers for row in rows):
+            found.append(match[0])
+    return found
 
 
 def look_up(summary, env, column):
     """The row that `topic/method@step` names; of topic/*@step the one with the highest mean. None without one."""
-    topic, method, step = re.fullmatch(r"([\w-]+)/([\w*:-]+)@(\d+)", column).groups()
+    topic, method, step = re.fullmatch(r"([\w-]+)/([\w*:-]+)@(\d+|mean)", column).groups()
     rows = [row for (t, e, m, s), row in summary.items()
-            if (t, e, s) == (topic, env, int(step)) and method in ("*", m)]
+            if (t, e, s) == (topic, env, step) and method in ("*", m)]
     return max(rows, key=lambda row: float(row["mean"]), default=None)
 
 
@@ -79,6 +102,11 @@ def test_tables_hold_the_summarys_numbers(page):
     assert faults(path.read_text(encoding="utf-8"), read_summary(ROOT / "results" / "summary.csv")) == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_each_interval_is_in_the_summary(page):
+    assert unknown_intervals((ROOT / page).read_text(encoding="utf-8"), ROOT / "results" / "summary.csv") == []
+
+
 def test_summary_is_what_the_runs_give(tmp_path):
     kept = ROOT / "results" / "summary.csv"
     if not kept.exists():
@@ -94,6 +122,9 @@ def test_summary_is_what_the_runs_give(tmp_path):
 SUMMARY = """topic,phase,env,method,quantity,step,mean,std,iqm,low,high,seeds
 fig2,target,Hopper-v4,wombet,return,0,1234.56,300.4,1200.2,900,1500.7,5
 fig2,target,Hopper-v4,wombet,q_error,0,7,1,7,7,7,5
+fig2,target,Hopper-v4,wombet,return over the marks,0,600,1,600,500,700,5
+fig2,target,Hopper-v4,wombet,length over the marks,0,80,1,80,70,90,5
+fig2,target,Hopper-v4,wombet,probability of improvement on sac@0,0,0.5,,,0.123,1,5
 fig2,offline,Hopper-v4,wombet,return,0,8,1,8,8,8,5
 fig2,target,Hopper-v4+Walker2d-v4,wombet,normalised by td3-1m,0,38.25,,37.2,30,41,5
 control,target,Hopper-v4,control,return,25000,-1234.5,,,,,1
@@ -126,6 +157,21 @@ def test_what_is_before_the_first_step_has_a_name_of_its_own(tmp_path):
     (tmp_path / "summary.csv").write_text(SUMMARY)
     page = PAGE.replace("wombet@0", "wombet:offline@0").format("8 ± 1", "-1234.5", "2,485", "–")
     assert faults(page, read_summary(tmp_path / "summary.csv")) == []
+
+
+def test_means_over_the_marks_and_lengths_have_names_of_their_own(tmp_path):
+    page = PAGE.replace("wombet@0", "wombet@mean").replace("control/control@25000", "fig2/wombet:length@mean")
+    (tmp_path / "summary.csv").write_text(SUMMARY)
+    assert faults(page.format("600 ± 1", "80", "2,485", "–"), read_summary(tmp_path / "summary.csv")) == []
+    assert len(faults(page.format("601", "81", "2,485", "–"), read_summary(tmp_path / "summary.csv"))) == 2
+
+
+def test_intervals_in_prose(tmp_path):
+    (tmp_path / "summary.csv").write_text(SUMMARY)
+    right = "is 0.50 [0.12, 1.00], 1,200 [900, 1,501] and 37 [30, 41]; as [7, 8] and 3 of [1, 2]"
+    assert unknown_intervals(right, tmp_path / "summary.csv") == []
+    wrong = ["0.51 [0.12, 1.00]", "0.5 [0.13, 1]", "1,235 [900, 1,501]", "−37 [30, 41]"]
+    assert unknown_intervals(", ".join(wrong), tmp_path / "summary.csv") == wrong
 
 
 @pytest.mark.parametrize("at, cell, words", [
