@@ -699,14 +699,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def catch_interrupts(run):
-    """Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; a second one at once, without."""
-    def ask(*_):
-        if run.interrupted:
+    """Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the same again at once, without.
+
+    One of either is no second one: a time limit's SIGTERM may reach the run and the program that started it, which
+    passes on a SIGINT."""
+    def ask(number, _):
+        if number in run.interrupted:
             raise KeyboardInterrupt
-        run.interrupted = True
+        run.interrupted.append(number)
         say("\nstopping after this step (or this round), with a checkpoint; again: at once", error=True)
 
-    run.interrupted = False
+    run.interrupted = []  # the signals that came
     if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
         for name in SIGNALS:
             signal.signal(name, ask)

@@ -142,18 +142,24 @@ MAY_DIFFER = ("seed", "out", "name", "source_run", "dataset", "offline_data", "d
 
 
 def mixed_flags(runs):
-    """A line for each flag that is not the same in all seeds of a group, by their config.json."""
+    """A line for each flag, and each precision of products, that is not the same in all seeds of a group, by their
+    config.json."""
     groups, lines = {}, set()
     for env, label, path in runs:
         config = path.with_name("config.json")
-        flags = json.loads(config.read_text()).get("flags", {}) if config.exists() else {}
-        for key in set(flags) - set(MAY_DIFFER):
-            seeds = groups.setdefault((env, label, key), {}).setdefault(str(flags[key]), [])
-            seeds.append(path.resolve().parent.name.split("__")[-1])
-    for (env, label, key), values in groups.items():
-        if len(values) > 1:
-            parts = (f"{value} in seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" for value, seeds in values.items())
-            lines.add(f"{env} {label}: --{key.replace('_', '-')} is {', '.join(parts)}")
+        if config.exists():
+            config = json.loads(config.read_text())
+            speed = {key: value for key, value in config.get("speed", {}).items() if key != "compile"}
+            groups.setdefault((env, label), {})[path.resolve().parent.name.split("__")[-1]] = {
+                **config.get("flags", {}), **speed}
+    for (env, label), seeds in groups.items():
+        for key in set().union(*seeds.values()) - set(MAY_DIFFER):
+            values = {}
+            for seed, flags in seeds.items():
+                values.setdefault(f"is {flags[key]}" if key in flags else "not there", []).append(seed)
+            if len(values) > 1:
+                parts = (f"{value} in seed{'s' * (len(has) > 1)} {', '.join(has)}" for value, has in values.items())
+                lines.add(f"{env} {label}: {key} {', '.join(parts)}")
     return lines
 
 

@@ -54,7 +54,7 @@ QUICK = dict(utd=2, batch=32, hidden=32, model_batch=32, model_hidden=32, popula
 def prepare(flags):
     """A run of wombet.py, its buffers and D_S full and its model roughly fit."""
     run = wombet.build(flags, Path("none"))
-    run.interrupted, run.log.live = False, lambda *_, **__: None
+    run.interrupted, run.log.live = [], lambda *_, **__: None
     learn(run, "source", flags.random_steps)  # random actions: real transitions at little cost
     run.model.fit(*(run.source.buffer.filled()[key] for key in ("obs", "action", "next_obs", "features")), max_epochs=1)
     for buffer in (run.offline_data, run.target.buffer, run.source.buffer):

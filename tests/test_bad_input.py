@@ -4,6 +4,7 @@ Tables of commands, each with the words that its one line on stderr must hold; t
 """
 
 import importlib
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -658,6 +660,24 @@ def test_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     tiny("sac", tmp_path)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("second, at_once", [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_second_signal(second, at_once):
+    """The same again means at once. Another kind does not: a time limit signals this process, and the program that
+    started it passes its own on."""
+    before = [signal.getsignal(name) for name in harness.SIGNALS]
+    run = SimpleNamespace()
+    try:
+        harness.catch_interrupts(run)
+        assert not run.interrupted
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) if at_once else contextlib.nullcontext():
+            signal.raise_signal(second)
+        assert run.interrupted
+    finally:
+        for name, handler in zip(harness.SIGNALS, before):
+            signal.signal(name, handler)
 
 
 class Broken(io.TextIOBase):

@@ -131,13 +131,17 @@ def test_source_phase(tmp_path, capsys):
 
 
 def test_seeds_of_other_flags_are_named(tmp_path, capsys):
-    """They are drawn, for a budget or a folder may differ; what else does is said."""
+    """They are drawn, for a budget or a folder may differ; what else does is said, a flag that some lack, too."""
     for seed, more in enumerate(({"utd": 8, "lr": 1e-3}, {"utd": 4, "target_steps": 9, "out": "x"}, {"utd": 8})):
         folder = write_run(tmp_path, [0, 10], [1, 2], seed=seed)
-        (folder / "config.json").write_text(json.dumps({"flags": {"seed": seed, **more}}))
+        speed = {"dtype": "bfloat16", "precision": "medium" if seed == 1 else "high", "compile": seed == 1}
+        (folder / "config.json").write_text(json.dumps({"flags": {"seed": seed, **more}, "speed": speed}))
     write_run(tmp_path, [0, 10], [1, 2], name="b")  # without config.json
     assert draw(tmp_path) == 0
-    assert capsys.readouterr().err == "note: Hopper-v4 a: --utd is 8 in seeds 0, 2, 4 in seed 1\n"
+    assert capsys.readouterr().err == (
+        "note: Hopper-v4 a: lr is 0.001 in seed 0, not there in seeds 1, 2\n"
+        "note: Hopper-v4 a: precision is high in seeds 0, 2, is medium in seed 1\n"
+        "note: Hopper-v4 a: utd is 8 in seeds 0, 2, is 4 in seed 1\n")
 
 
 @pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,,\r\ntar", "\r\n"])
