@@ -275,9 +275,10 @@ NOT_IMAGINED = ("alpha_gain", "alpha_min", "alpha_max", "target_penalty_coef", "
                 "rollouts", "rollout_length", "refit_every", "refit_epochs", "offline_capacity")
 
 
-def other_flags(job):
-    """Those flags, as a finished run has them, that are not what its command gives now: a default may have changed."""
-    config = (ROOT / job.result).with_name("config.json")
+def other_flags(job, folder):
+    """Those flags, as the run in that folder has them, that are not what its command gives now: a default may have
+    changed."""
+    config = ROOT / folder / "config.json"
     then = json.loads(config.read_text()).get("flags", {}) if config.exists() and not job.base else {}
     if not then:
         return []
@@ -506,11 +507,16 @@ def main(argv=None):
         pending = to_do(jobs, b)
         skipped = [job for job in jobs if job not in pending]
         for job in skipped:
-            other = other_flags(job)
+            other = other_flags(job, Path(job.result).parent)
             print(f"skipped, for it is done: {Path(job.result).parent}"
                   + (f", though with {', '.join(other)}" if other else ""))
         if skipped:
             print(f"{len(skipped)} skipped; --again runs them anew")
+        for job in pending:
+            other = other_flags(job, run_dir(b, job))
+            if other and (ROOT / run_dir(b, job) / "checkpoint.pt").exists():
+                raise ValueError(f"{run_dir(b, job)} was begun with {', '.join(other)}, which is not what its command "
+                                 f"gives now: move it away, or give --again --only '{title(job)}'")
         if not pending:
             return 0
         return submit(pending, b, args) if args.slurm else run_all(pending, args.jobs, b)

@@ -194,6 +194,23 @@ def test_what_is_done_with_other_flags_is_named(tmp_path, monkeypatch, capsys):
     assert lines[1].endswith("Hopper-v4__other__0, though with --alpha-gain 0.7, --lr 0.1, --utd 5")
 
 
+def test_what_was_begun_with_other_flags_does_not_go_on(tmp_path, monkeypatch, capsys):
+    """It would end in results/ as if it were what the command gives now."""
+    flags = ("--env", "Hopper-v4", "--name", "a", "--target-steps", "2", "--random-steps", "1", "--no-prior",
+             "--out", str(tmp_path / "runs" / "t"))
+    job = reproduce.Job("t", "Hopper-v4__a__0", "wombet.py", flags, f"{tmp_path}/results/t/x/progress.csv", (), None)
+    monkeypatch.setitem(reproduce.TOPICS, "t", lambda b: [job])
+    folder = tmp_path / "runs" / "t" / job.folder
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
+    then = {**vars(wombet.build_parser().parse_args(list(flags))), "alpha_gain": 0.3}
+    (folder / "config.json").write_text(json.dumps({"flags": then}))
+    assert reproduce.main(["t", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "--alpha-gain 0.3" in error and "--again" in error and error.count("\n") == 1
+    assert (folder / "checkpoint.pt").exists() and not (tmp_path / "results").exists()
+
+
 def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path):
     stubs(a=("source", []), b=("ok", ["a"]), c=("ok", []))
     for name in ("a", "c"):  # as in a fresh clone: results/ has them, runs/ is empty
