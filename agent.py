@@ -187,7 +187,8 @@ class SAC:
 
     @torch.no_grad()
     def value(self, obs):
-        """V(s) = mean_i Q_i(s, a) at the policy's mode: obs (B, obs_dim) -> (B,); the planner's terminal value."""
+        """V(s) = mean_i Q_i(s, a) of the target networks, a the averaged policy's mode: obs (B, obs_dim) -> (B,); the
+        planner's terminal value."""
         return self.target_critic(obs, self.act(obs, deterministic=True)).mean(0)
 
     def update(self, batch, n_offline=0):

@@ -125,7 +125,7 @@ def new_parser(doc, name, source=True):
     g.add_argument("--out", type=some_path, default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
     g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; "
-                   "auto: what this machine has, in runs that are long enough to gain by it")
+                   "auto: what this machine has; runs too short to gain by it are not compiled")
     g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags "
                    "(budgets, learning rates, intervals, device and threads may be given anew)")
     g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its "
@@ -202,7 +202,8 @@ def speed_settings(args, compiles):
     flags = dict(vars(args))
     if flags.get("source_run") or flags.get("offline_data") or not flags.get("prior", True):
         flags["source_steps"] = 0  # none of them is learned in
-    steps = sum(flags.get(name, 0) for name in ("source_steps", "target_steps", "offline_updates", "online_steps"))
+    steps = sum(flags.get(name, 0) for name in ("source_steps", "target_steps", "pretrain_updates", "offline_updates",
+                                              "online_steps"))
     pays = compiler is not None and steps >= 10_000  # compiling takes a minute or so
     return {"compile": args.fast == "on" or pays, "dtype": "bfloat16" if args.fast == "on" or bfloat16 else "float32",
             "precision": "high"}  # TF32 on a GPU; "medium" would round to 8 bits what a network asks for in float32

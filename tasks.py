@@ -90,7 +90,8 @@ class Locomotion:
         version: of the Gymnasium environment; from v5 on the step that ends an episode earns no healthy bonus, and
             contact forces, which are the tail of the observation, cost.
         source: None for the target, else one of `SOURCES`.
-        speed_cap: m/s, for the near source. ctrl_cost_factor: times the stock control cost, for every source.
+        speed_cap: m/s, of the near source; ValueError where it is given with another.
+        ctrl_cost_factor: times the stock control cost, for every source.
     """
 
     SOURCES = ("near", "backward", "stand")
@@ -109,6 +110,8 @@ class Locomotion:
 
     def __init__(self, name, version, source=None, speed_cap=None, ctrl_cost_factor=None, reset_noise_factor=2.0):
         stock, self.version, self.source = self.STOCK[name], version, source
+        if speed_cap is not None and source not in (None, "near"):
+            raise ValueError(f"a speed cap is of the near source alone, not of {source}")
         self.forward_weight, self.action_scale = stock.forward_weight, stock.action_scale
         self.bonus, self.healthy = stock.bonus, stock.healthy
         self.contact = self.CONTACT.get(name) if version >= 5 else None

@@ -80,7 +80,7 @@ def build_parser():
     g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
     g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets; others: source data")
     g.add_argument("--trust-percentile", type=percent, default=99.0, help="what is imagined is cut where u is "
-                   "above that percentile of u on real data; 0: never")
+                   "above that percentile of u on source data; 0: never")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
     g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
@@ -171,7 +171,7 @@ def check_args(args):
     require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
     require(args.prior or not (args.offline_data or args.source_run),
             "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
-    data = args.offline_data or args.keep_source_data or args.alpha_rule == "adaptive" or args.alpha
+    data = args.alpha_rule == "adaptive" or args.alpha or args.keep_source_data and not args.offline_data
     require(not args.pretrain_updates or args.prior and data, "--pretrain-updates needs data before the first target "
             "step: imagined, of the source, or a file's")
 
@@ -270,8 +270,7 @@ def load_side(side, state):
     for part in ("env", "buffer"):
         getattr(side, part).load_state_dict(state[part])
     load_agent(side.agent, state["agent"])
-    for key in SIDE_VALUES:
-        setattr(side, key, state[key])
+    vars(side).update({key: state[key] for key in SIDE_VALUES})
 
 
 def load_state_dict(run, state):
@@ -280,8 +279,7 @@ def load_state_dict(run, state):
         kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float, "best": dict}  # None in a new run
         for name, kind in kinds.items():
             require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
-        for name in RUN_VALUES:
-            setattr(run, name, state[name])
+        vars(run).update({name: state[name] for name in RUN_VALUES})
         require(run.phase in ("source", "generate", "switch", "target", "done"), f"unknown phase {run.phase!r}")
         for name in ("source", "target"):
             if getattr(run, name) is not None:
@@ -300,7 +298,7 @@ def load_state_dict(run, state):
 
 def reuse_source(run, source_run):
     """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
-    the same seed and flags goes on as that one did."""
+    the same seed, flags and speed goes on as that one did."""
     # what the source phase's state depends on, and what acts in the source phase alone
     names = ("env", "source", "seed", "episode_steps", "critics", "hidden", "layer_norm", "discount", "members",
              "model_hidden", "model_layers", "model_epochs", "snapshot_window", "random_steps", "init_temperature")
@@ -409,6 +407,8 @@ def pretrain(run):
         info = update(run, side)
         if side.updates % args.eval_every < args.utd or side.updates >= args.pretrain_updates:
             text = report(run, "offline", info)
+        if side.updates % args.checkpoint_every < args.utd:
+            save(run.dir / "checkpoint.pt", state_dict(run))
         run.log.live("offline", side.updates, args.pretrain_updates, text)
 
 
@@ -449,7 +449,7 @@ def imagines(run):
 
 
 def trust_limit(run):
-    """The uncertainty beyond which what is imagined is cut: a percentile of u on real data."""
+    """The uncertainty beyond which what is imagined is cut: a percentile of u on the source's real data."""
     if not run.args.trust_percentile:
         return math.inf
     real = run.source.buffer.sample(5000)
@@ -485,8 +485,8 @@ def generate(run):
         passed = accept(returns, mean_u, *run.thresholds, args.filter)
     except ValueError as error:
         if run.offline_data.size == 0:
-            raise ValueError(f"{error}; see --return-threshold, --u-threshold and --trust-percentile, or fit a better "
-                             "model with more --source-steps") from None
+            raise ValueError(f"{error}; see --return-threshold, --u-threshold and --trust-percentile with --source-run "
+                             f"{run.dir} and another --name, or take more --source-steps") from None
         run.log.note(f"D_S     {error}")  # a later round that adds nothing leaves D_S as it is
         passed = torch.zeros_like(returns, dtype=torch.bool)
     run.acceptance = passed.float().mean().item()

@@ -756,6 +756,20 @@ def test_sigterm_while_pretraining(runs, tmp_path, monkeypatch):
     assert torch.equal(*weights) and strip(ours["rows"]) == strip(theirs["rows"])
 
 
+def test_a_kill_while_pretraining(runs, tmp_path, monkeypatch):
+    """What a process that gets no signal leaves: the last of --checkpoint-every's."""
+    def killed(*args):
+        if args[1].updates == 40:
+            raise KeyError("killed")
+        return update(*args)
+
+    update = wombet.update
+    monkeypatch.setattr(wombet, "update", killed)
+    with pytest.raises(KeyError):
+        tiny("wombet", tmp_path, "--source-run", runs["wombet"], "--pretrain-updates", "50", "--checkpoint-every", "15")
+    assert load(tmp_path / "Hopper-v4__a__0" / "checkpoint.pt", "cpu", "wombet")["target"]["updates"] == 30
+
+
 def test_threads_follow_the_affinity_mask(monkeypatch, capsys):
     assert wombet.parse_args([]).threads == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)

@@ -7,8 +7,9 @@ A table is marked by a comment before it, which names what each column after the
     |---|---|---|---|---|
     | HalfCheetah-v4 | 2,751 | 6,040 ± 1,595 | 5,123 [4,207, 6,801] | 8,330 (BRO) |
 
-The first cell is the environment, or begins with "All" for the row over all tasks, normalised. A cell is a mean, a mean
-± standard deviation, or an interquartile mean [interval], rounded as it likes; words do not count; – is not measured.
+The first cell is the environment, or begins with "All" for the row over all tasks, normalised. A cell is a mean, a
+mean ± standard deviation, or an interquartile mean [interval], rounded as it likes; words do not count; – is not
+measured.
 @mean is the mean over the marks after step 0, and method:length the length of the episodes.
 
 Anywhere in a page, a value with an interval, as 0.52 [0.12, 0.92], is some row's of that file.
@@ -37,8 +38,9 @@ def read_summary(path):
     for row in rows:
         quantity, over, _ = row["quantity"].partition(" over the marks")
         if quantity == "length" or quantity.startswith("normalised" if "+" in row["env"] else "return"):
+            env, step = "All" if "+" in row["env"] else row["env"], "mean" if over else row["step"]
             method = row["method"] + ":offline" * (row["phase"] == "offline") + ":length" * (quantity == "length")
-            found[row["topic"], "All" if "+" in row["env"] else row["env"], method, "mean" if over else row["step"]] = row
+            found[row["topic"], env, method, step] = row
     return found
 
 

@@ -150,6 +150,8 @@ def test_what_fast_stands_for(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
     assert settings(*long)["compile"] and settings("--fast", "on") == {
         "compile": True, "dtype": "bfloat16", "precision": "high"}
+    before = ["--source-run", "x", "--target-steps", "1", "--pretrain-updates", "16000"]
+    assert settings(*before)["compile"]
     for short in (["--no-prior"], ["--offline-data", "x"], ["--source-run", "x"]):  # no source phase is learned
         assert not settings(*short, "--target-steps", "3000")["compile"]
     monkeypatch.setattr("shutil.which", lambda name: None)
@@ -526,6 +528,7 @@ BAD = {
     "a round larger than D_S": ["--offline-capacity", "79"],
     "nothing to pretrain on": ["--no-prior", "--pretrain-updates", "5"],
     "nor here": ["--no-keep-source-data", "--alpha-rule", "fixed", "--alpha", "0", "--pretrain-updates", "5"],
+    "a cap that nothing heeds": ["--source", "backward", "--source-speed-cap", "1"],
     "preset": ["--preset", "x"],
     "device": ["--device", "cuda:7"],
     "nonsense device": ["--device", "abacus"],
@@ -551,10 +554,18 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags):
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("wombet.py: ") and error.count("\n") == 1
     if flags[0] == "--u-threshold":  # found out after the source phase, which is kept
-        assert all(text in error for text in ("--u-threshold", "--return-threshold", "seen J", "99", "-1"))
+        assert all(text in error for text in ("--u-threshold", "--return-threshold", "seen J", "99", "-1",
+                                                 f"--source-run {folder}"))
         assert (folder / "source.pt").exists()
     else:
         assert not folder.exists()
+
+
+def test_pretraining_on_a_file_that_no_batch_takes_from(base, tmp_path, capsys):
+    """With alpha = 0 nothing of D_S is in a batch, and before the first step there is nothing else."""
+    code, _ = run(tmp_path, "--offline-data", base / "dataset.npz", "--alpha-rule", "fixed", "--alpha", 0,
+                  "--pretrain-updates", 4)
+    assert code == 2 and "--pretrain-updates needs data" in capsys.readouterr().err
 
 
 def test_discrete_actions_are_refused(tmp_path, capsys, monkeypatch):
