@@ -171,18 +171,21 @@ def fig4(b):
 
 
 def fig5(b):
-    """The adaptive share against a fixed one."""
+    """The adaptive share against a fixed half, and against a fixed tenth: what it is on the mean after 2,500 steps."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
-        yield from (variant(b, "fig5", "fixed", env, seed, "--alpha-rule", "fixed", "--alpha", 0.5) for seed in b.few)
+        for name, alpha in {"half": 0.5, "tenth": 0.1}.items():
+            yield from (variant(b, "fig5", name, env, seed, "--alpha-rule", "fixed", "--alpha", alpha)
+                        for seed in b.few)
 
 
 def fig6(b):
-    """The dual filter against one criterion and none."""
+    """The dual filter against one criterion and none; no rounds, which would replace the first D_S at once."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
-        for kind in ("return", "uncertainty", "none"):
-            yield from (variant(b, "fig6", f"filter-{kind}", env, seed, "--filter", kind) for seed in b.few)
+        for kind in ("dual", "return", "uncertainty", "none"):
+            yield from (variant(b, "fig6", f"filter-{kind}", env, seed, "--imagine-every", 0, "--filter", kind)
+                        for seed in b.few)
 
 
 def preset(b):
