@@ -44,11 +44,13 @@ import torch
 from replay import ReplayBuffer
 from tasks import evaluate, first_observations, make_task
 
-# env_steps: of the target; updates: of the critics; wall_clock: s; return_*, length_mean: over the evaluation's
-# episodes; td_error: the running mean that sets alpha; q_error: Q(s_0, a_0) less the discounted return that followed;
-# offline_size: transitions in D_S; acceptance: share that passed the last filter; model_holdout_mse: of the variance
+# env_steps: of the target; updates: of the critics; wall_clock: s; return_*, length_mean, discounted_mean: over the
+# evaluation's episodes, the last with the agent's discount; td_error: the running mean that sets alpha; q_error:
+# Q(s_0, a_0) less the discounted return; offline_size: transitions in D_S; acceptance: share that passed the last
+# filter; model_holdout_mse: of the variance
 COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
-           "alpha", "td_error", "q_mean", "q_error", "temperature", "offline_size", "acceptance", "model_holdout_mse")
+           "discounted_mean", "alpha", "td_error", "q_mean", "q_error", "temperature", "offline_size", "acceptance",
+           "model_holdout_mse")
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -779,6 +781,7 @@ def evaluation_row(agent, envs, frames=None):
            "length_mean": float(lengths.mean())}
     if critical:  # the left side of eq. 10, at the episodes' first states; past a time limit the return goes on unseen
         starts = torch.as_tensor(first_observations(envs), device=agent.device)
+        row["discounted_mean"] = float(discounted.mean())
         row["q_error"] = float(agent.q_value(starts, act(starts)).cpu().numpy().mean() - discounted.mean())
     return row, f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
 
@@ -789,7 +792,8 @@ def show(side, name, gif):
     if gif:
         side.evaluation[0] = side.make_env(render_mode="rgb_array")
     row, text = evaluation_row(side.agent, side.evaluation, frames)
-    say(f"{name} task, step {side.step:,}: {text} of {row['length_mean']:.0f} steps on average")
+    discounted = f", {row['discounted_mean']:.1f} discounted" if "discounted_mean" in row else ""
+    say(f"{name} task, step {side.step:,}: {text} of {row['length_mean']:.0f} steps on average{discounted}")
     if gif:
         from plot import write_gif  # matplotlib is slow to import
 

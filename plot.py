@@ -499,7 +499,7 @@ def summarise(args):
     """
     scale = args.normalise or "td3-1m"
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
-               "length_mean": "length"}
+               "length_mean": "length", "discounted_mean": "discounted return"}
     folders = [place for folder in map(Path, args.folders) for place in (folder, *sorted(folder.glob("*/")))]
     topics = {place.resolve().name: find_runs([place], "progress.csv") for place in folders
               if any(place.glob("*/progress.csv"))}

@@ -278,7 +278,11 @@ def test_evaluate_takes_episodes_of_its_own(runs, capsys):
     assert start("wombet", "--evaluate", runs["wombet"], "--eval-episodes", "3") == 0
     assert "over 3 episodes" in capsys.readouterr().out
     assert start("wombet", "--evaluate", runs["wombet"]) == 0
-    assert "over 1 episodes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "over 1 episodes" in out
+    # the last row of the run says the same of the same episode, with the discount, too
+    last = load(runs["wombet"] / "checkpoint.pt", "cpu", "wombet")["rows"][-1]
+    assert f"{last['discounted_mean']:.1f} discounted" in out and last["discounted_mean"] < last["return_mean"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

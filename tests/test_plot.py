@@ -144,7 +144,7 @@ def test_seeds_of_other_flags_are_named(tmp_path, capsys):
         "note: Hopper-v4 a: utd is 8 in seeds 0, 2, is 4 in seed 1\n")
 
 
-@pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,,\r\ntar", "\r\n"])
+@pytest.mark.parametrize("end", ["target,20", "target,20,,,,9,,,,,,,,,,,-1e-", "target,20,,,,9,,,,,,,,,,,\r\ntar", "\r\n"])
 def test_half_written_last_line(tmp_path, end):
     write_run(tmp_path, [0, 10], [1, 2], end=end)
     assert [row[2] for row in table(tmp_path)] == ([0, 10, 20] if "\r\ntar" in end else [0, 10])
