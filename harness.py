@@ -689,7 +689,8 @@ def log_and_generators(run):
 
 
 def load_log_and_generators(run, state):
-    run.log.rows = [{key: row[key] for key in COLUMNS} for row in state["rows"]]
+    # a checkpoint may be from before a column
+    run.log.rows = [{key: row.get(key, "") for key in COLUMNS} for row in state["rows"]]
     run.log.start = time.time() - min(max(state["wall_clock"], 0.0), 1e9)
     run.rng.bit_generator.state = state["numpy_rng"]
     torch.set_rng_state(state["torch_rng"].cpu())

@@ -5,6 +5,7 @@ Tables of commands, each with the words that its one line on stderr must hold; t
 
 import importlib
 import contextlib
+import csv
 import io
 import json
 import os
@@ -272,6 +273,19 @@ def test_the_learning_rate_of_a_run_that_takes_anothers_source(runs, tmp_path):
     assert code == 0
     state = load(folder / "checkpoint.pt", "cpu", "wombet")
     assert rates(state["target"]["agent"]) == rates(state["source"]["agent"]) == {1e-5} and config(folder)["lr"] == 1e-5
+
+
+def test_a_checkpoint_from_before_a_column(runs, tmp_path):
+    """It goes on; what it has not measured is empty."""
+    code, folder = tiny("wombet", tmp_path)
+    state = load(folder / "checkpoint.pt", "cpu", "wombet")
+    for row in state["rows"]:
+        del row["discounted_mean"]
+    torch.save(state, folder / "checkpoint.pt")
+    assert start("wombet", "--resume", folder, "--target-steps", "60") == 0
+    with open(folder / "progress.csv", newline="") as file:
+        column = [row["discounted_mean"] for row in csv.DictReader(file)]
+    assert column[-1] and not any(column[:-1])
 
 
 def test_evaluate_takes_episodes_of_its_own(runs, capsys):
