@@ -281,7 +281,7 @@ def test_a_checkpoint_from_before_a_column(runs, tmp_path):
     state = load(folder / "checkpoint.pt", "cpu", "wombet")
     for row in state["rows"]:
         del row["discounted_mean"]
-    torch.save(state, folder / "checkpoint.pt")
+    save(folder / "checkpoint.pt", state)
     assert start("wombet", "--resume", folder, "--target-steps", "60") == 0
     with open(folder / "progress.csv", newline="") as file:
         column = [row["discounted_mean"] for row in csv.DictReader(file)]
