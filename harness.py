@@ -4,7 +4,7 @@ A `run` here is a namespace with at least args, dir, log (a Log), rng (NumPy's g
 
 What a run leaves in <out>/<env>__<name>__<seed>/:
     config.json          flags in force, what --fast stands for, versions, commit, machine
-    progress.csv         a row per evaluation (`COLUMNS`); the target phase begins with the row of step 0
+    progress.csv         a row per evaluation (`COLUMNS`); WOMBET's target phase begins with the row of step 0
     model_error.csv      u and the true error of held-out transitions, of the last fit
     first_dataset.npz    the first D_S; dataset.npz: D_S at the end, both under D4RL's names (`DATASET_NAMES`)
     checkpoint.pt        everything, for --resume and --evaluate; source.pt: the same after the source phase
@@ -45,9 +45,9 @@ from replay import ReplayBuffer
 from tasks import evaluate, first_observations, make_task
 
 # env_steps: of the target; updates: of the critics; wall_clock: s; return_*, length_mean, discounted_mean: over the
-# evaluation's episodes, the last with the agent's discount; td_error: the running mean that sets alpha; q_error:
-# Q(s_0, a_0) less the discounted return; offline_size: transitions in D_S; acceptance: share that passed the last
-# filter; model_holdout_mse: of the variance
+# evaluation's episodes, the last with the agent's discount; td_error: what sets alpha, of a baseline the last batch's;
+# q_error: Q(s_0, a_0) less the discounted return; offline_size: transitions in D_S; acceptance: share that passed the
+# last filter; model_holdout_mse: of the variance
 COLUMNS = ("phase", "env_steps", "source_steps", "updates", "wall_clock", "return_mean", "return_std", "length_mean",
            "discounted_mean", "alpha", "td_error", "q_mean", "q_error", "temperature", "offline_size", "acceptance",
            "model_holdout_mse")
@@ -129,7 +129,7 @@ def new_parser(doc, name, source=True):
     g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; "
                    "auto: what this machine has; runs too short to gain by it are not compiled")
     g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags "
-                   "(budgets, learning rates, intervals, device and threads may be given anew)")
+                   "(budgets, learning rates, evaluations, checkpoints and the machine's may be given anew)")
     g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its "
                    "return")
     g.add_argument("--gif", type=some_path, metavar="FILE", help="with --evaluate: draw the first episode")
@@ -144,7 +144,8 @@ def new_parser(doc, name, source=True):
 
     if source:
         g = parser.add_argument_group("source task (in place of the environment's own values)")
-        g.add_argument("--source-speed-cap", type=real, help="m/s that near pays up to (HalfCheetah: 3, others: 1)")
+        g.add_argument("--source-speed-cap", type=real, help="m/s that near pays up to (HalfCheetah: 3, "
+                       "Swimmer: no cap, others: 1)")
         g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
         g.add_argument("--source-goal-shift", type=real, help="the goal's shift, m (Pusher .15, Reacher .05)")
         g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
@@ -154,6 +155,13 @@ def new_parser(doc, name, source=True):
 def source_quantities(args):
     names = ("speed_cap", "ctrl_cost_factor", "goal_shift", "reset_noise_factor")
     return {name: getattr(args, f"source_{name}") for name in names}
+
+
+def refuse_source_flags(args):
+    """ValueError where flags shape a source task that the run has not."""
+    given = [key for key, value in source_quantities(args).items() if value is not None]
+    names = ", ".join(["--source"] * (args.source != "near") + [as_flag(f"source_{key}", "").strip() for key in given])
+    require(not names, f"{names}: there is no source task with --no-prior or --offline-data")
 
 
 UNKEPT = ("help", "resume", "evaluate", "gif", "speed")  # what config.json does not keep
@@ -475,7 +483,10 @@ def load(path, device, program):
                 file.seek(0)
                 state = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: the run has left no checkpoint yet") from None
+        why = "the run has left no checkpoint yet"
+        if Path(path).name == "source.pt":
+            why = "the run's source phase is not over, or is another run's, which its config.json names as source_run"
+        raise ValueError(f"{path} does not exist: {why}") from None
     except Exception as error:
         reason = first_line(error)
     require(state is not None, f"{path} is no checkpoint of this version, or is damaged or cut short: {reason}")

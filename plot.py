@@ -44,7 +44,7 @@ XLABEL = {"target": "Target environment steps (thousands)", "source": "Source en
           "offline": "Updates before the first step (thousands)"}
 DRAWN = ("curves", "bars")
 COLUMNS = {"curves": {"return_mean": "Evaluation return"}, "bars": {"return_mean": "Evaluation return"},
-           "alpha": {"alpha": r"Share of $D_S$, $\alpha$", "td_error": "|TD error| (reward)"},
+           "alpha": {"alpha": r"Share of $D_S$, $\alpha$", "td_error": "TD error (reward)"},
            "q-error": {"q_error": r"$Q(s_0, a_0)$ less the return"}}
 # published returns that count as 0 and 100: a random policy's and a good one's
 SCALES = {"td3-1m": ("TD3 at 1M steps", {"HalfCheetah-v4": (-289.4, 10574), "Hopper-v4": (18.8, 3226),
@@ -501,10 +501,12 @@ def summarise(args):
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
                "length_mean": "length", "discounted_mean": "discounted return"}
     folders = [place for folder in map(Path, args.folders) for place in (folder, *sorted(folder.glob("*/")))]
-    topics = {place.resolve().name: find_runs([place], "progress.csv") for place in folders
-              if any(place.glob("*/progress.csv"))}
+    places = {place.resolve(): place for place in folders if any(place.glob("*/progress.csv"))}
+    topics = {path.name: find_runs([place], "progress.csv") for path, place in places.items()}
     if not topics:
         raise ValueError(f"no runs found: no <topic>/<run>/progress.csv in {', '.join(args.folders)}")
+    if len(topics) < len(places):
+        raise ValueError(f"two topics are of one name: {', '.join(map(str, places.values()))}: give one of them")
     found = {(topic, phase): collect(runs, columns, phase, scale) for topic, runs in topics.items()
              for phase in ("target", "offline")}
     rows = [("topic", "phase", "env", "method", "quantity", "step", *MEASURES, "seeds")]
@@ -595,9 +597,16 @@ def main(argv=None):
     try:
         for flag, given, kinds in (("--names", args.names, ("model-error", *COLUMNS)), ("--line", args.line, ("bars",)),
                                    ("--reference", args.reference, DRAWN),
-                                   ("--normalise", args.normalise, ("summary", *DRAWN))):
+                                   ("--normalise", args.normalise, ("summary", *DRAWN)),
+                                   ("--phase", args.phase != "target", COLUMNS),
+                                   ("--all-steps", args.all_steps, COLUMNS),
+                                   ("--average", args.average != "mean", COLUMNS),
+                                   ("--per-seed", args.per_seed, [kind for kind in COLUMNS if kind != "bars"]),
+                                   ("--published", args.published, ("summary", *DRAWN))):
             if given and args.kind not in kinds:
                 raise ValueError(f"{flag} goes with --kind {' and '.join(kinds)} only")
+        if args.published and not args.reference and args.kind != "summary":
+            raise ValueError("--published is read for --reference, or --kind summary")
         if args.all_steps and args.phase != "target":
             raise ValueError("--all-steps goes with --phase target only")
         summary = args.kind == "summary"

@@ -28,11 +28,11 @@ import torch
 from agent import SAC
 from filter import MODES, accept, relabel, score_trajectories, thresholds, to_transitions
 from mpc import MPC, imagine
-from harness import (SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
+from harness import (SWITCH, Log, amount, as_flag, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
-                     nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return, require,
-                     require_memory, run_program, same_flags, save, save_dataset, show, some_path, source_quantities,
-                     stop_if_interrupted, stop_if_not_finite, store_step, write_config)
+                     nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return,
+                     refuse_source_flags, require, require_memory, run_program, same_flags, save, save_dataset, show,
+                     some_path, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from replay import AdaptiveMix, ReplayBuffer, mixed_batch
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
@@ -44,14 +44,12 @@ def build_parser():
     parser, g = new_parser(__doc__, "wombet")
     g.add_argument("--source-steps", type=count, default=50_000, help="environment steps in the source task")
     g.add_argument("--target-steps", type=count, default=25_000, help="environment steps in the target task")
-
     g.add_argument("--preset", choices=("paper",), help="paper: the literal method; flags given beside it win")
     g.add_argument("--prior", **SWITCH, default=True, help="transfer; --no-prior: learn from scratch in the target")
     g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take its source phase")
 
     g = parser.add_argument_group("transfer (section 4.6)")
-    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with "
-                   "D4RL's keys, no phases 1 and 2")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
@@ -72,15 +70,14 @@ def build_parser():
     g.add_argument("--offline-capacity", type=count, default=50_000, help="transitions in D_S, which keeps the newest")
     g.add_argument("--refit-every", type=amount, default=1000, help="target steps between fits of the model; 0: none")
     g.add_argument("--refit-epochs", type=count, default=3, help="most epochs of such a fit, a warm start")
-    g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit the model on D_S too")
+    g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit the model on D_S and D_T alone")
 
     g = parser.add_argument_group("the first D_S: generating and filtering (section 4.3, eq. 6)")
     g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
     g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories in a round of MPC")
     g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
-    g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets; others: source data")
-    g.add_argument("--trust-percentile", type=percent, default=99.0, help="what is imagined is cut where u is "
-                   "above that percentile of u on source data; 0: never")
+    g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets (model); others: source data")
+    g.add_argument("--trust-percentile", type=percent, default=99.0, help="percentile of real u that cuts; 0: never")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
     g.add_argument("--u-percentile", type=percent, default=75.0, help="of the first round, becomes u_th")
@@ -142,38 +139,38 @@ def build_parser():
 PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", "imagine_every": 10_000,
          "refit_every": 10_000, "refit_epochs": 10, "offline_capacity": 200_000, "refit_on_imagined": True,
          "reset_share": 1.0, "trust_percentile": 0.0, "guide": False, "horizon": 15, "population": 128, "elites": 16,
-         "iterations": 3, "init_std": 0.5, "expectation": "members", "uncertainty": "variance", "coverage": 0.0,
-         "plan_penalty_coef": 1.0, "target_penalty_coef": 1.0, "floor_penalty": False, "min_critics": 0,
-         "actor_q": "min", "actor_average": 1.0, "backup_entropy": False, "actor_entropy": False,
-         "snapshot_window": 0, "td_error": "signed"}
+         "iterations": 3, "init_std": 0.5, "momentum": 0.0, "noise_beta": 0.0, "keep_elites": 0.0,
+         "expectation": "members", "uncertainty": "variance", "coverage": 0.0, "plan_penalty_coef": 1.0,
+         "target_penalty_coef": 1.0, "floor_penalty": False, "min_critics": 0, "actor_q": "min", "actor_average": 1.0,
+         "backup_entropy": False, "actor_entropy": False, "snapshot_window": 0, "td_error": "signed"}
 
 
 def check_args(args):
-    require(args.alpha_min <= args.alpha_max, f"--alpha-min {args.alpha_min} is above --alpha-max {args.alpha_max}")
     require(args.alpha_rule == "fixed" or args.alpha == build_parser().get_default("alpha"),
             f"--alpha {args.alpha} needs --alpha-rule fixed")
     require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
             f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
-    require(args.min_critics <= args.critics, f"--min-critics {args.min_critics} is above --critics {args.critics}")
-    require(args.elites <= args.population, f"--elites {args.elites} is above --population {args.population}")
-    require(args.horizon <= args.imagined_length, f"--horizon {args.horizon} is above --imagined-length "
-            f"{args.imagined_length}")
-    require(args.replan_every <= args.horizon, f"--replan-every {args.replan_every} is above --horizon {args.horizon}")
-    for n, length in (("imagined_trajectories", "imagined_length"), ("rollouts", "rollout_length")):
+    for low, high in (("alpha_min", "alpha_max"), ("min_critics", "critics"), ("elites", "population"),
+                      ("horizon", "imagined_length"), ("replan_every", "horizon")):
+        require(vars(args)[low] <= vars(args)[high], f"{as_flag(low, vars(args)[low])} is above "
+                f"{as_flag(high, vars(args)[high])}")
+    by_policy = args.imagine_every and args.imagine_with == "policy"
+    for n, length, used in (("imagined_trajectories", "imagined_length", True),
+                            ("rollouts", "rollout_length", by_policy)):
         number, steps = vars(args)[n], vars(args)[length]
-        require(number * steps <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does not hold a "
-                f"round of --{n.replace('_', '-')} {number} times --{length.replace('_', '-')} {steps}")
-    if not (args.offline_data or args.source_run):
-        where = "source" if args.prior else "target"
-        require(args.random_steps < (steps := vars(args)[f"{where}_steps"]),
-                f"--random-steps {args.random_steps} leaves none of --{where}-steps {steps} to learn in")
-    require(not (args.offline_data and args.source_run), "give --offline-data or --source-run, not both")
-    require(args.prior or not (args.offline_data or args.source_run),
-            "--no-prior learns from scratch: it takes neither --offline-data nor --source-run")
+        require(not used or number * steps <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does "
+                f"not hold a round of {as_flag(n, number)} times {as_flag(length, steps)}")
+    where = "source_steps" if args.prior else "target_steps"
+    require(args.offline_data or args.source_run or args.random_steps < vars(args)[where], f"--random-steps "
+            f"{args.random_steps} leaves none of {as_flag(where, vars(args)[where])} to learn in")
+    require([not args.prior, bool(args.offline_data), bool(args.source_run)].count(True) < 2,
+            "give one of --no-prior, --offline-data and --source-run")
     data = args.alpha_rule == "adaptive" or args.alpha or args.keep_source_data and not args.offline_data
     require(not args.pretrain_updates or args.prior and data, "--pretrain-updates needs data before the first target "
             "step: imagined, of the source, or a file's")
+    if args.offline_data or not args.prior:
+        refuse_source_flags(args)
 
 
 def parse_args(argv=None):
@@ -188,8 +185,8 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------------------- set-up
 
 
-def build(args, run_dir):
-    """Everything that a run holds and a checkpoint keeps."""
+def build(args, run_dir, state=None):
+    """Everything that a run holds and a checkpoint, `state`, keeps."""
     torch.manual_seed(args.seed)
     learns_source = args.prior and not args.offline_data
     pooled = args.source_steps if learns_source and args.keep_source_data else 0  # first rows of the target's buffer
@@ -221,7 +218,10 @@ def build(args, run_dir):
                           args.alpha if args.alpha_rule == "fixed" else None, args.td_error == "signed")
     run.offline_data = run.source = run.model = None
     env = run.target.env
-    if args.offline_data:
+    if args.offline_data and state:  # the checkpoint has the file's rows
+        with must_fit("the checkpoint", "these flags"):
+            run.offline_data = ReplayBuffer(len(state["offline_data"]["rows"]["obs"]), args.device, **env.shapes)
+    elif args.offline_data:
         run.offline_data = load_dataset(args.offline_data, args.device, env.action_scale, **env.shapes)
     elif learns_source:
         run.source = side(args.source, args.source_steps, 1)
@@ -413,15 +413,16 @@ def pretrain(run):
 
 
 def fit(run, epochs):
-    """Fits the model on all real data: the source's and, later, D_T (section 4.1)."""
+    """Fits the model (section 4.1) on all real data: the source's and, later, D_T."""
     args, began = run.args, time.time()
     # rows are only ever appended, so that what the fit holds out stays held out
-    parts = [run.source.buffer.filled(), {k: v[run.pooled:] for k, v in run.target.buffer.filled().items()}]
+    target, imagined = run.target.buffer.filled(), []
+    parts = [run.source.buffer.filled(), {key: values[run.pooled:] for key, values in target.items()}]
+    if args.refit_on_imagined and run.phase == "target":
+        # Deviation 9: the paper's D is D_S and D_T; the default leaves out what the model itself has imagined
+        parts, imagined = [target], [run.offline_data.filled()]
     n_real = sum(len(part["obs"]) for part in parts)
-    if args.refit_on_imagined:
-        # Deviation 9: the paper refits on D_S and D_T; the default leaves out what the model itself has imagined
-        parts.append(run.offline_data.filled())
-    columns = {key: torch.cat([part[key] for part in parts]) for key in ("obs", "action", "next_obs", "features")}
+    columns = {k: torch.cat([part[k] for part in parts + imagined]) for k in ("obs", "action", "next_obs", "features")}
     rows = torch.arange(len(columns["obs"]), device=args.device)
     result = run.model.fit(**columns, held_out=(rows % 10 == 0) & (rows < n_real), lr=args.model_lr,
                            batch_size=args.model_batch_size, max_epochs=epochs)
@@ -486,13 +487,14 @@ def generate(run):
     except ValueError as error:
         if run.offline_data.size == 0:
             raise ValueError(f"{error}; see --return-threshold, --u-threshold and --trust-percentile with --source-run "
-                             f"{run.dir} and another --name, or take more --source-steps") from None
+                             f"{args.source_run or run.dir} and another --name, or take more --source-steps") from None
         run.log.note(f"D_S     {error}")  # a later round that adds nothing leaves D_S as it is
         passed = torch.zeros_like(returns, dtype=torch.bool)
     run.acceptance = passed.float().mean().item()
     run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
-    run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass (J >= {run.thresholds[0]:.4g}, "
-                 f"u <= {run.thresholds[1]:.3g}); mean valid length {trajectories['valid'].sum(1).float().mean():.0f}; "
+    steps = trajectories["valid"].sum(1).float().mean()
+    run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass ({args.filter}: J_th "
+                 f"{run.thresholds[0]:.4g}, u_th {run.thresholds[1]:.3g}); mean valid length {steps:.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
     run.log.leave_out(began)
 
@@ -530,7 +532,7 @@ def refresh_uncertainty(run):
 def train(args):
     """The method, from the first phase that is not done yet."""
     run_dir, state = open_run(args, "wombet")
-    run = build(args, run_dir)
+    run = build(args, run_dir, state)
     if state is not None:
         load_state_dict(run, state)
         run.log.write()  # without the rows that came after the checkpoint
@@ -583,10 +585,8 @@ def train(args):
 def play(args):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations, prints its return, draws the first."""
     run_dir = Path(args.evaluate)
-    if args.offline_data:
-        args.offline_data, args.prior = None, False  # the file is not needed to play
     state = load(run_dir / "checkpoint.pt", args.device, "wombet")
-    run = build(args, run_dir)
+    run = build(args, run_dir, state)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
     show(getattr(run, name), name, args.gif)

@@ -35,6 +35,8 @@ class WorldModel(nn.Module):
         super().__init__()
         if uncertainty_kind not in self.UNCERTAINTIES:
             raise ValueError(f"unknown uncertainty {uncertainty_kind!r}: known are {', '.join(self.UNCERTAINTIES)}")
+        if members < 2 and uncertainty_kind != "aleatoric":
+            raise ValueError(f"an ensemble of {members} member has no disagreement to measure: take 2 or more")
         self.obs_dim, self.members, self.uncertainty_kind, self.margin = obs_dim, members, uncertainty_kind, margin
         self.coverage = coverage
         self.inference_dtype, self.fit_dtype = getattr(torch, inference_dtype), getattr(torch, fit_dtype)

@@ -62,8 +62,13 @@ def make_agent(args, env):
     return BC(**td3_arguments(args, env), critic_steps=args.critic_steps)
 
 
+def check(args):
+    common.require(not args.online_steps or args.critic_steps < args.online_steps, f"--critic-steps "
+                   f"{args.critic_steps} leaves none of --online-steps {args.online_steps} to the actor")
+
+
 def main(argv=None):
-    return common.main("bc", build_parser(), make_agent, argv)
+    return common.main("bc", build_parser(), make_agent, argv, check)
 
 
 if __name__ == "__main__":

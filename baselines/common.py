@@ -59,8 +59,8 @@ def offline_parser(doc, name):
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", type=some_path, metavar="FILE", help=".npz with D4RL's keys, such as a run's "
                    "dataset.npz (required)")
-    g.add_argument("--source-rewards", action="store_true", help="learn offline from the source task's rewards, "
-                   "recomputed, instead of those in the file")
+    g.add_argument("--source-rewards", action="store_true", help="the file's rows take the source task's rewards, "
+                   "recomputed, instead of their own")
     return parser
 
 

@@ -302,12 +302,19 @@ def parse_args(argv):
     parser.error = functools.partial(require, False)
     args = parser.parse_args(argv)
     require(not args.json or args.json.resolve().parent.is_dir(), f"--json {args.json}: its folder does not exist")
+    require(not args.quick or args.scaling != ROOT / "results", "--scaling --quick: give --scaling a folder, for the "
+            "default one keeps real measurements")
     return args
 
 
 def benchmark(args):
     """The whole report."""
-    flags = wombet.parse_args(["--device", "cpu", *shlex.split(args.flags), *FIXED])
+    given = shlex.split(args.flags)
+    set_here = {flag for flag in FIXED if flag.startswith("--")} & {flag.split("=")[0] for flag in given}
+    require(not set_here, f"--flags: the benchmark sets {', '.join(sorted(set_here))} itself: leave it out")
+    flags = wombet.parse_args(["--device", "cpu", *given, *FIXED])
+    require(flags.prior and not flags.offline_data, "--flags: the rows need a source task: leave --no-prior and "
+            "--offline-data out")
     o = SimpleNamespace(**vars(args), **(QUICK if args.quick else FULL), device=flags.device, speed=flags.speed)
     if hasattr(os, "sched_setaffinity"):  # jax's threads, which no flag reaches, keep to it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: o.threads])
@@ -334,12 +341,12 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         report = benchmark(args)
+        print("\n".join(table(report)))
         if args.scaling:
             write_scaling(report["rows"], args.scaling)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
-        print("\n".join(table(report)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

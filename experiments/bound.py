@@ -137,6 +137,8 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         for folder in args.runs:
             run, name = load_source(folder), Path(folder).resolve().name
+            if name in used:
+                raise ValueError(f"two runs are named {name}: give one of them")
             torch.manual_seed(run.args.seed)
             rows += [(name, *row) for row in check(run, args.episodes, args.length, args.every)]
             used[name] = run.args.plan_penalty_coef

@@ -11,6 +11,7 @@ fig2's everywhere. Exit code 0: all done, 1: a run failed, 2: bad input, 130: in
 """
 
 import argparse
+import contextlib
 import fcntl
 import fnmatch
 import importlib
@@ -263,9 +264,10 @@ def owners(job, jobs, b):
     return [other for other in jobs if any(str(Path(need).parent) == run_dir(b, other) for need in missing(job))]
 
 
-def to_do(jobs, b):
-    """The jobs that results/ has not, and those that leave what these need, as where runs/ was deleted."""
-    pending = [job for job in jobs if not (ROOT / job.result).exists()]
+def to_do(jobs, again, b):
+    """The jobs that results/ has not, those of `again`, and those that leave what these need, as where runs/ was
+    deleted."""
+    pending = [job for job in jobs if job in again or not (ROOT / job.result).exists()]
     for job in pending:  # it grows
         pending += [other for other in owners(job, jobs, b) if other not in pending]
     return [job for job in jobs if job in pending]
@@ -295,11 +297,28 @@ def other_flags(job, folder):
             and key not in NO_MATTER and not (nothing and key in NOT_IMAGINED)]
 
 
-def forget(job, b):
-    """Takes away what a run has left, in runs/ and in results/."""
-    shutil.rmtree(ROOT / run_dir(b, job), ignore_errors=True)
-    (ROOT / f"{run_dir(b, job)}.log").unlink(missing_ok=True)
-    (ROOT / job.result).unlink(missing_ok=True)
+def claim(log):
+    """Whether the open log of a run is now this process's; a child that has it open holds it to its end."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def forget(jobs, b):
+    """Takes away what runs have left, in runs/ and in results/; ValueError, and nothing lost, where one is running."""
+    with contextlib.ExitStack() as stack:
+        logs = [ROOT / f"{run_dir(b, job)}.log" for job in jobs]
+        logs = [stack.enter_context(open(log, "a")) for log in logs if log.exists()]
+        for log in logs:
+            if not claim(log):
+                raise ValueError(f"--again: another process is at {Path(log.name).stem}: stop it first")
+        for job in jobs:
+            shutil.rmtree(ROOT / run_dir(b, job), ignore_errors=True)
+            (ROOT / job.result).unlink(missing_ok=True)
+        for log in logs:  # the file stays, for its lock is what keeps a second process away
+            log.truncate(0)
 
 
 def start(job, b):
@@ -307,9 +326,7 @@ def start(job, b):
     folder, flags = ROOT / run_dir(b, job), job.flags
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the child, which has the file open, to its end
-        except OSError:
+        if not claim(log):
             return None
         if not (folder / "checkpoint.pt").exists():
             shutil.rmtree(folder, ignore_errors=True)  # nothing in it to go on from
@@ -425,6 +442,17 @@ def run_all(jobs, slots, b):
     return 1 if failed else 0
 
 
+def sbatch(flags, script):
+    """What Slurm answers to a script; ValueError where it refuses."""
+    try:
+        sent = subprocess.run(["sbatch", *flags], input=script, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError("--slurm: there is no sbatch on PATH; run it on a machine of the cluster") from None
+    if sent.returncode:
+        raise ValueError(f"--slurm: sbatch says: {(sent.stderr.strip().splitlines() or ['nothing'])[-1]}")
+    return sent.stdout.strip()
+
+
 def submit(jobs, b, args):
     """The jobs as one job array of Slurm, or one for each stage, where a stage waits for what it needs."""
     stages = {}
@@ -444,13 +472,7 @@ def submit(jobs, b, args):
         flags = ["--parsable", f"--array=0-{len(names) - 1}", "--job-name=wombet", "--cpus-per-task=1",
                  f"--chdir={ROOT}", f"--output={(ROOT / b.runs).resolve()}/slurm/%A_%a.log",
                  *([f"--dependency=afterany:{before}"] if before else []), *shlex.split(args.slurm_args)]
-        try:
-            sent = subprocess.run(["sbatch", *flags], input=script, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise ValueError("--slurm: there is no sbatch on PATH; run it on a machine of the cluster") from None
-        if sent.returncode:
-            raise ValueError(f"--slurm: sbatch says: {(sent.stderr.strip().splitlines() or ['nothing'])[-1]}")
-        before = sent.stdout.strip().split(";")[0]
+        before = sbatch(flags, script).split(";")[0]
         print(f"job array {before}: {len(names)} runs" + (", after the one before" if stage else "")
               + f"; logs: {b.runs}/slurm/{before}_<task>.log")
     return 0
@@ -484,6 +506,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs}: at least 1")
+    if "baselines" in args.topics and args.budget != "cpu":
+        raise ValueError(f"--budget {args.budget}: baselines has one budget, the published one: leave --budget out")
     return args
 
 
@@ -503,11 +527,8 @@ def main(argv=None):
         if args.list:
             print("\n".join(map(command, jobs)))
             return 0
-        if args.again:
-            for job in jobs:
-                if job.topic in (ALL if "all" in args.topics else args.topics):
-                    forget(job, b)
-        pending = to_do(jobs, b)
+        again = [job for job in jobs if args.again and job.topic in (ALL if "all" in args.topics else args.topics)]
+        pending = to_do(jobs, again, b)
         skipped = [job for job in jobs if job not in pending]
         for job in skipped:
             other = other_flags(job, Path(job.result).parent)
@@ -516,12 +537,15 @@ def main(argv=None):
         if skipped:
             print(f"{len(skipped)} skipped; --again runs them anew")
         for job in pending:
-            other = other_flags(job, run_dir(b, job))
+            other = [] if job in again else other_flags(job, run_dir(b, job))
             if other and (ROOT / run_dir(b, job) / "checkpoint.pt").exists():
                 raise ValueError(f"{run_dir(b, job)} was begun with {', '.join(other)}, which is not what its command "
                                  f"gives now: move it away, or give --again --only '{title(job)}'")
         if not pending:
             return 0
+        if args.slurm:
+            sbatch(["--test-only", *shlex.split(args.slurm_args)], "#!/bin/bash\n")  # refused before anything is lost
+        forget(again, b)
         return submit(pending, b, args) if args.slurm else run_all(pending, args.jobs, b)
     except (ValueError, OSError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)

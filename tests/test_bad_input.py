@@ -42,7 +42,7 @@ TINY = {
     "sac": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
     "td3": "--target-steps 40 --random-steps 20 --batch-size 8".split(),
     "ppo": "--target-steps 40 --rollout-steps 20 --minibatches 2".split(),
-    "bc": "--offline-updates 40 --dataset DATA --batch-size 8".split(),
+    "bc": "--offline-updates 40 --dataset DATA --batch-size 8 --critic-steps 8".split(),
     "iql": "--offline-updates 40 --dataset DATA --batch-size 8".split(),
     "mopo": """--offline-updates 40 --dataset DATA --model-hidden 8 --model-layers 1 --model-epochs 1 --members 2
                --rollout-length 1 --rollout-batch 8 --batch-size 8""".split(),
@@ -877,7 +877,7 @@ def test_a_first_round_that_no_trajectory_passes_goes_on(runs, tmp_path, monkeyp
         torch.arange(float(len(u))), torch.arange(float(len(u)))))
     flags = ["--source-run", runs["wombet"], "--filter", "dual", "--u-percentile", "25"]
     assert tiny("wombet", tmp_path, *flags)[0] == 0
-    assert "(J >= 0, " in capsys.readouterr().out
+    assert "(dual: J_th 0, " in capsys.readouterr().out
     assert tiny("wombet", tmp_path, *flags, "--return-threshold", "9", name="b")[0] == 2  # one's own threshold is kept
 
 

@@ -612,7 +612,8 @@ NAMED = {"sac never learns": (["sac", "--random-steps", "100"], "--random-steps 
          "ppo never fills a batch": (["ppo", "--rollout-steps", "101"], "--rollout-steps 101", "--target-steps 100"),
          "unknown source, not used": (["iql", "--source", "foo"], "'foo'", "near, backward, stand"),
          "source, not used": (["iql", "--source", "backward"], "--source backward", "--source-rewards"),
-         "quantity, not used": (["cql", "--source-speed-cap", "2"], "--source-speed-cap 2", "--source-rewards")}
+         "quantity, not used": (["cql", "--source-speed-cap", "2"], "--source-speed-cap 2", "--source-rewards"),
+         "bc never tunes": (["bc", "--critic-steps", "50"], "--critic-steps 50", "--online-steps 50")}
 
 
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)

@@ -56,8 +56,17 @@ def test_scaling(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--repetitions", "0"], ["--only", "z"], ["--threads", "0"],
                                    ["--json", "no/such/folder.json"], ["--quick", "--flags=--device abacus"],
-                                   ["--quick", "--flags=--horizon 0"]])
+                                   ["--quick", "--flags=--horizon 0"], ["--flags=--no-prior"],
+                                   ["--flags=--env Walker2d-v4"], ["--quick", "--scaling"]])
 def test_bad_input_is_one_line(flags, capsys):
     code = benchmark.main(flags)
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("benchmark.py: ") and error.count("\n") == 1
+
+
+def test_what_cannot_be_written_is_said_after_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "benchmark", lambda args: {})
+    monkeypatch.setattr(benchmark, "table", lambda report: ["the table"])
+    assert benchmark.main(["--json", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "the table\n" and said.err.startswith("benchmark.py: ") and said.err.count("\n") == 1

@@ -1,6 +1,7 @@
 """experiments/bound.py: what it measures, against a model that is exact, and its report on a run."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -64,6 +65,11 @@ def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
     assert {row["kind"] for row in rows} == set(bound.KINDS) and {row["step"] for row in rows} == {"0", "2"}
     assert len(rows) == 12 and all(float(row["sum_u"]) > 0 for row in rows)
     assert (out / "bound.png").exists() and "holds at 4" in capsys.readouterr().out
+
+    other = tmp_path / "other" / folder.name
+    shutil.copytree(folder, other)
+    assert bound.main([str(folder), str(other), *flags]) == 2
+    assert f"two runs are named {folder.name}" in capsys.readouterr().err
 
     (folder / "source.pt").unlink()
     assert bound.main([str(folder), *flags]) == 2

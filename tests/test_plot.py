@@ -237,7 +237,7 @@ def results(tmp_path):
 def test_pictures(results, kind):
     if kind == "q-error":
         write_run(results, [0, 2500], [-1, 2], q_error=[20, 10])
-    assert draw(results, "--kind", kind, "--per-seed") == 0
+    assert draw(results, "--kind", kind, *([] if kind == "bars" else ["--per-seed"])) == 0
     assert_picture(results / f"{kind}.png")
     run = results / "Hopper-v4__a__0"
     assert draw(run, "--kind", kind, "--out", "new/one.pdf") == 0
@@ -497,7 +497,9 @@ def test_bars_take_no_published_curve(results, published, capsys):
 @pytest.mark.parametrize("flags, word", [
     (["--reference", "sac@50000"], "--published"), (["--names", "a", "z"], "no run is named z"),
     (["--published", "none.csv", "--reference", "sac@1"], "none.csv"), (["--out", "picture.xyz"], "xyz"),
-    (["--kind", "summary", "--names", "a"], "--names"),
+    (["--kind", "summary", "--names", "a"], "--names"), (["--kind", "summary", "--phase", "offline"], "--phase"),
+    (["--kind", "model-error", "--average", "iqm"], "--average"), (["--kind", "bars", "--per-seed"], "--per-seed"),
+    (["--kind", "summary", "--all-steps"], "--all-steps"), (["--published", "none.csv"], "--reference"),
     (["--line", "a"], "--line"), (["--kind", "bars", "--line", "z"], "no run is named z"),
     (["--kind", "alpha", "--normalise", "td3-1m"], "--normalise"),
     (["--all-steps", "--phase", "offline"], "--all-steps"), (["--kind", "q-error"], "nothing to draw"),
@@ -505,6 +507,14 @@ def test_bars_take_no_published_curve(results, published, capsys):
 def test_other_bad_input(results, capsys, flags, word):
     assert draw(results, *flags) == 2
     assert_refused(capsys, word)
+
+
+def test_two_topics_of_one_name_are_refused(tmp_path, capsys):
+    """One would take the other's place in the summary without a word."""
+    for place in ("a", "b"):
+        write_run(tmp_path / place / "fig2", [100], [1.0])
+    assert draw(tmp_path / "a", tmp_path / "b", "--kind", "summary") == 2
+    assert_refused(capsys, "two topics are of one name", "fig2")
 
 
 def test_a_name_with_an_equals_sign(results, capsys):

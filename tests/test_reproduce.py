@@ -114,7 +114,8 @@ def test_the_readme_has_every_topic():
 
 
 @pytest.mark.parametrize("flags", [["figure"], ["fig2", "--jobs", "0"], ["fig2", "--only", "fig3/*"], ["fig2", "--x"],
-                                   ["fig2", "--budget", "quick", "--out", "/dev/null"]])
+                                   ["fig2", "--budget", "quick", "--out", "/dev/null"],
+                                   ["baselines", "--budget", "quick"]])
 def test_bad_input_is_one_line(flags, capsys):
     assert reproduce.main(flags) == 2
     error = capsys.readouterr().err
@@ -220,7 +221,7 @@ def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path):
     assert [stubs.said(name) for name in "abc"] == ["source", "ok", "kept"]
 
 
-def test_interrupted_goes_on(stubs, tmp_path):
+def test_interrupted_goes_on(stubs, tmp_path, capsys):
     stubs(a=("slow", []))
     program = (f"import sys; sys.path.insert(0, {str(reproduce.ROOT)!r})\n"
                "from experiments import reproduce\n"
@@ -230,6 +231,8 @@ def test_interrupted_goes_on(stubs, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "runs" / "t" / "a" / "checkpoint.pt").exists())
     assert stubs.run() == 1  # another process is at it
+    assert stubs.run("--again") == 2 and "another process is at a" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "t" / "a" / "checkpoint.pt").exists()
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in process.communicate()[0] and process.returncode == 130
     assert stubs.run() == 0 and stubs.said("a") == "resumed"
@@ -271,15 +274,29 @@ def test_slurm_gets_one_array_a_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
     assert reproduce.main(["control", "--budget", "quick", "--out", str(tmp_path / "out"), "--slurm",
                            "--slurm-args=--time=1:00:00 --partition='big one'"]) == 0
-    first, second = (shlex.split((tmp_path / "bin" / name).read_text()) for name in ("args1", "args3"))
+    asked, first, second = (shlex.split((tmp_path / "bin" / name).read_text()) for name in ("args1", "args3", "args5"))
+    assert asked == ["--test-only", "--time=1:00:00", "--partition=big", "one"]  # echo has lost the quotes
     assert "--array=0-1" in first and not any("dependency" in flag for flag in first) and "--time=1:00:00" in first
-    assert "--array=0-0" in second and "--dependency=afterany:1" in second
-    script = (tmp_path / "bin" / "script3").read_text()
+    assert "--array=0-0" in second and "--dependency=afterany:3" in second
+    script = (tmp_path / "bin" / "script5").read_text()
     assert "names=(control/Hopper-v4__control__0)" in script and "--budget quick" in script
-    assert "job array 1: 2 runs" in capsys.readouterr().out
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert reproduce.main(["control", "--slurm", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("reproduce.py: --slurm: there is no sbatch on PATH")
+    assert "job array 3: 2 runs" in capsys.readouterr().out
+
+
+def test_slurm_that_refuses_loses_nothing(stubs, tmp_path, monkeypatch, capsys):
+    stubs(a=("ok", []))
+    assert stubs.run() == 0
+    stub = tmp_path / "bin" / "sbatch"
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/bash\necho 'unrecognized option' >&2\nexit 1\n")
+    stub.chmod(0o755)
+    for path, says in ((f"{stub.parent}:{os.environ['PATH']}", "sbatch says: unrecognized option"),
+                       ("/nowhere", "there is no sbatch on PATH")):
+        monkeypatch.setenv("PATH", path)
+        assert stubs.run("--again", "--slurm", "--slurm-args=--x") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"reproduce.py: --slurm: {says}") and error.count("\n") == 1
+        assert stubs.said("a") == "ok" and (tmp_path / "runs" / "t" / "a" / "done").exists()
 
 
 @pytest.fixture

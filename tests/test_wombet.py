@@ -380,6 +380,27 @@ def test_a_refit_measures_the_uncertainty_of_D_S_anew(base, tmp_path):
     torch.testing.assert_close(data["uncertainty"], found.model.uncertainty(data["obs"], data["action"]))
 
 
+def test_a_refit_on_D_S_and_D_T_alone(base, tmp_path, monkeypatch):
+    """--refit-on-imagined is section 4.1's D: without the source's real data, unless they are among D_T's."""
+    fit, seen = wombet.WorldModel.fit, []
+    monkeypatch.setattr(wombet.WorldModel, "fit", lambda self, **given: (seen.append(given), fit(self, **given))[1])
+    for flags, pooled in ((["--no-keep-source-data"], 0), ([], 150)):
+        seen.clear()
+        assert run(tmp_path, "--source-run", base, "--refit-on-imagined", *flags, name=f"pool{pooled}")[0] == 0
+        for given, n_target in zip(seen, (40, 80), strict=True):
+            assert pooled + n_target < len(given["obs"]) <= pooled + n_target + 100  # D_S holds 100 at most
+            assert given["held_out"].nonzero().flatten().tolist() == list(range(0, pooled + n_target, 10))
+
+
+def test_a_taken_source_phase_is_named(base, tmp_path, capsys):
+    """A run that took another's source phase leaves none itself: advice and messages name the other."""
+    code, folder = run(tmp_path, "--source-run", base, "--u-threshold", "-1", "--return-threshold", "99", name="b")
+    assert code == 2 and f"--source-run {base} and" in capsys.readouterr().err
+    assert run(tmp_path, "--source-run", folder, name="c")[0] == 2
+    error = capsys.readouterr().err
+    assert "source_run" in error and error.count("\n") == 1
+
+
 def test_thresholds_are_held_over_rounds(base, tmp_path, monkeypatch):
     seen, original = [], wombet.accept
     monkeypatch.setattr(wombet, "accept", lambda returns, u, *th: (seen.append(th[:2]), original(returns, u, *th))[1])
@@ -499,6 +520,10 @@ def test_offline_data_instead_of_a_source(base, tmp_path):
         assert {r["phase"] for r in rows(folder)} == {"offline", "target"}
         # the penalty needs u, which the five keys lack
     assert rows(tmp_path / "Hopper-v4__own__0") != rows(tmp_path / "Hopper-v4__five__0")
+    (tmp_path / "five.npz").unlink()  # the checkpoint has its rows
+    assert wombet.main(["--evaluate", str(folder)]) == 0
+    assert wombet.main(["--resume", str(folder), "--target-steps", "130"]) == 0
+    assert rows(folder)[-1]["env_steps"] == "130"
 
 
 def test_a_time_limit_is_a_truncation(tmp_path):
@@ -529,6 +554,9 @@ BAD = {
     "nothing to pretrain on": ["--no-prior", "--pretrain-updates", "5"],
     "nor here": ["--no-keep-source-data", "--alpha-rule", "fixed", "--alpha", "0", "--pretrain-updates", "5"],
     "a cap that nothing heeds": ["--source", "backward", "--source-speed-cap", "1"],
+    "a source that is none": ["--no-prior", "--source", "backward"],
+    "nor with a file": ["--offline-data", "a", "--source-reset-noise-factor", "1"],
+    "no disagreement": ["--members", "1"],
     "preset": ["--preset", "x"],
     "device": ["--device", "cuda:7"],
     "nonsense device": ["--device", "abacus"],
@@ -671,6 +699,7 @@ def test_preset_paper(base, tmp_path):
     assert all(args[key] == {**wombet.PAPER, **given}.get(key) for key in {**wombet.PAPER, **given})
     plain = vars(wombet.parse_args([]))
     assert all(plain[key] != value for key, value in wombet.PAPER.items())  # each is a departure
+    wombet.parse_args(["--preset", "paper", "--offline-capacity", "13000", "--rollouts", "9000"])  # which are not made
     assert run(tmp_path, "--preset", "paper", "--imagined-length", "16", "--offline-capacity", "300")[0] == 0
 
 
