@@ -13,6 +13,13 @@ measured.
 @mean is the mean over the marks after step 0, and method:length the length of the episodes.
 
 Anywhere in a page, a value with an interval, as 0.52 [0.12, 0.92], is some row's of that file.
+
+A table by seed is marked, too, by the groups of its columns, and comes from the runs; its first cell names the rest:
+
+    <!-- by seed: fig2/wombet control/control -->
+    | Hopper-v4, seeds 0, 1 | WOMBET | nothing imagined |
+    |---|---|---|
+    | at 25,000 steps | 950, 951 | 886, 1,133 |
 """
 
 import csv
@@ -107,6 +114,78 @@ def test_tables_hold_the_summarys_numbers(page):
 @pytest.mark.parametrize("page", ["README.md", "results/README.md"])
 def test_each_interval_is_in_the_summary(page):
     assert unknown_intervals((ROOT / page).read_text(encoding="utf-8"), ROOT / "results" / "summary.csv") == []
+
+
+SEEDS = "<!-- by seed:"
+
+
+def number(value):
+    return f"{value:,.{0 if abs(value) >= 99.5 else 1}f}".replace("-", "−")
+
+
+def of_a_run(folder):
+    """{row's name: cell} of one run: what tables by seed may say of it."""
+    with open(folder / "progress.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["phase"] == "target"]
+    returns, lengths = ({int(row["env_steps"]): float(row[f"{key}_mean"]) for row in rows}
+                        for key in ("return", "length"))
+    marks = [step for step in returns if step > 0]
+    mean = lambda values: number(sum(values[step] for step in marks) / len(marks))
+    cells = {"return over the ten marks": mean(returns), "length over the ten marks": mean(lengths),
+             "of 10 evaluations, without a fall in ten episodes": str([lengths[s] for s in marks].count(1000.0))}
+    if rows[-1].get("acceptance"):
+        cells["trajectories of the first D_S that pass"] = f"{100 * float(rows[-1]['acceptance']):.0f} %"
+    if 0 in returns:
+        cells["at the switch"] = number(returns[0])
+        cells["at 2,500 over row 0"] = f"{100 * returns[2500] / returns[0]:.0f} %"
+    return {**cells, **{f"at {step:,} steps": number(value) for step, value in returns.items()}}
+
+
+def by_seed(text, results):
+    """What is wrong with a page's tables by seed, a line each."""
+    found = []
+    for part in text.split(SEEDS)[1:]:
+        groups, _, below = part.partition("-->")
+        lines = re.match(r"\s*((?:\|.*\n)+)", below + "\n")[1].splitlines()
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        env, _, seeds = header[0].partition(", seeds ")
+        for column, group in enumerate(groups.split(), 1):
+            topic, _, method = group.partition("/")
+            runs = [of_a_run(results / topic / f"{env}__{method}__{seed}") for seed in seeds.split(", ")]
+            for name, *cells in rows:
+                right = ", ".join(run.get(name, "–") for run in runs) if any(name in run for run in runs) else "–"
+                if cells[column - 1] != ("the same" if column > 1 and right == cells[0] else right):
+                    found.append(f"{env} {group} {name}: {cells[column - 1]!r} is {right!r}")
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_tables_by_seed_hold_the_runs_numbers(page):
+    assert by_seed((ROOT / page).read_text(encoding="utf-8"), ROOT / "results") == []
+
+
+def test_a_wrong_table_by_seed_is_named(tmp_path):
+    for seed, returns in enumerate(([100.2, 90.0, 1234.6], [2000.0, 1999.0, -2.0])):
+        folder = tmp_path / "t" / f"Hopper-v4__a__{seed}"
+        folder.mkdir(parents=True)
+        lines = [f"target,{step},{value},{length}" for step, value, length in
+                 zip((0, 2500, 25000), returns, (10, 1000, 500))]
+        (folder / "progress.csv").write_text("\n".join(["phase,env_steps,return_mean,length_mean", *lines]))
+    right = """<!-- by seed: t/a -->
+| Hopper-v4, seeds 0, 1 | A |
+|---|---|
+| at the switch | 100, 2,000 |
+| at 25,000 steps | 1,235, −2.0 |
+| at 2,500 over row 0 | 90 %, 100 % |
+| return over the ten marks | 662, 998 |
+| length over the ten marks | 750, 750 |
+| of 10 evaluations, without a fall in ten episodes | 1, 1 |
+| at 7 steps | – |
+"""
+    assert by_seed(right, tmp_path) == []
+    for wrong in (right.replace("1,235", "1,234"), right.replace("90 %", "91 %"), right.replace("| – |", "| 3 |")):
+        fault, = by_seed(wrong, tmp_path)
+        assert "Hopper-v4 t/a at " in fault
 
 
 def test_summary_is_what_the_runs_give(tmp_path):
