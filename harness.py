@@ -159,9 +159,10 @@ def source_quantities(args):
 
 def refuse_source_flags(args):
     """ValueError where flags shape a source task that the run has not."""
-    given = [key for key, value in source_quantities(args).items() if value is not None]
-    names = ", ".join(["--source"] * (args.source != "near") + [as_flag(f"source_{key}", "").strip() for key in given])
-    require(not names, f"{names}: there is no source task with --no-prior or --offline-data")
+    given = {f"source_{key}": value for key, value in source_quantities(args).items() if value is not None}
+    given.update({"source": args.source} if args.source != "near" else {})
+    flags = ", ".join(as_flag(key, value) for key, value in given.items())
+    require(not given, f"{flags}: there is no source task with --no-prior or --offline-data")
 
 
 UNKEPT = ("help", "resume", "evaluate", "gif", "speed")  # what config.json does not keep
@@ -485,7 +486,8 @@ def load(path, device, program):
     except FileNotFoundError:
         why = "the run has left no checkpoint yet"
         if Path(path).name == "source.pt":
-            why = "the run's source phase is not over, or is another run's, which its config.json names as source_run"
+            why = ("the run has no source phase, or not a whole one yet, or took another run's, which its config.json "
+                   "names as source_run")
         raise ValueError(f"{path} does not exist: {why}") from None
     except Exception as error:
         reason = first_line(error)

@@ -5,7 +5,7 @@
     python plot.py results/fig2 --all-steps           the same over source and target steps together
     python plot.py results/fig2 --published results/published_curves.csv --reference sac@50000
     python plot.py results/fig3 results/fig2 --kind bars --phase offline --line wombet     offline, and WOMBET's line
-    python plot.py results/fig5 --kind alpha          alpha and |TD error| over target steps; likewise q-error
+    python plot.py results/fig5 --kind alpha          alpha and TD error over target steps; likewise q-error
     python plot.py runs/fig2 --kind model-error       u against the model's true error, from model_error.csv
     python plot.py results --kind summary --out results/summary.csv      the numbers of all topics in results/
 
@@ -506,7 +506,9 @@ def summarise(args):
     if not topics:
         raise ValueError(f"no runs found: no <topic>/<run>/progress.csv in {', '.join(args.folders)}")
     if len(topics) < len(places):
-        raise ValueError(f"two topics are of one name: {', '.join(map(str, places.values()))}: give one of them")
+        names = [path.name for path in places]
+        twice = [str(place) for path, place in places.items() if names.count(path.name) > 1]
+        raise ValueError(f"two topics are of one name: {', '.join(twice)}: give one of them")
     found = {(topic, phase): collect(runs, columns, phase, scale) for topic, runs in topics.items()
              for phase in ("target", "offline")}
     rows = [("topic", "phase", "env", "method", "quantity", "step", *MEASURES, "seeds")]

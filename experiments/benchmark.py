@@ -84,8 +84,9 @@ def rlpd_step(o, critics, min_critics, batch, layer_norm=True, actor_updates=1):
 def world_model(o, members):
     """A 4-layer ensemble with the fitted model's normalisation."""
     dtype, compile = o.speed["dtype"], o.speed["compile"]
-    model = WorldModel(OBS, ACTION, FEATURES, members=members, hidden=o.model_hidden, layers=4, inference_dtype=dtype,
-                       fit_dtype=dtype, compile=compile).to(o.device)
+    kind = "std" if members > 1 else "aleatoric"  # one has no disagreement
+    model = WorldModel(OBS, ACTION, FEATURES, members=members, hidden=o.model_hidden, layers=4, uncertainty_kind=kind,
+                       inference_dtype=dtype, fit_dtype=dtype, compile=compile).to(o.device)
     model.load_state_dict(dict(o.run.model.named_buffers()), strict=False)
     return model
 
@@ -302,7 +303,8 @@ def parse_args(argv):
     parser.error = functools.partial(require, False)
     args = parser.parse_args(argv)
     require(not args.json or args.json.resolve().parent.is_dir(), f"--json {args.json}: its folder does not exist")
-    require(not args.quick or args.scaling != ROOT / "results", "--scaling --quick: give --scaling a folder, for the "
+    kept = args.scaling and args.scaling.resolve() == ROOT / "results"
+    require(not args.quick or not kept, "--scaling --quick: give --scaling a folder, for the "
             "default one keeps real measurements")
     return args
 

@@ -132,13 +132,14 @@ def main(argv=None):
     parser.add_argument("--length", type=count, default=200, help="steps an episode at most (default: %(default)s)")
     parser.add_argument("--every", type=count, default=10, help="steps between checks (default: %(default)s)")
     args, rows, used = parser.parse_args(argv), [], {}
-    out = Path(args.out)
+    out, names = Path(args.out), [Path(folder).resolve().name for folder in args.runs]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for folder in args.runs:
-            run, name = load_source(folder), Path(folder).resolve().name
-            if name in used:
+        for name in names:
+            if names.count(name) > 1:
                 raise ValueError(f"two runs are named {name}: give one of them")
+        out.mkdir(parents=True, exist_ok=True)
+        for folder, name in zip(args.runs, names):
+            run = load_source(folder)
             torch.manual_seed(run.args.seed)
             rows += [(name, *row) for row in check(run, args.episodes, args.length, args.every)]
             used[name] = run.args.plan_penalty_coef

@@ -298,7 +298,7 @@ def other_flags(job, folder):
 
 
 def claim(log):
-    """Whether the open log of a run is now this process's; a child that has it open holds it to its end."""
+    """Whether an open log or folder of a run is now this process's; a child that has it open holds it to its end."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -309,16 +309,20 @@ def claim(log):
 def forget(jobs, b):
     """Takes away what runs have left, in runs/ and in results/; ValueError, and nothing lost, where one is running."""
     with contextlib.ExitStack() as stack:
-        logs = [ROOT / f"{run_dir(b, job)}.log" for job in jobs]
-        logs = [stack.enter_context(open(log, "a")) for log in logs if log.exists()]
-        for log in logs:
-            if not claim(log):
-                raise ValueError(f"--again: another process is at {Path(log.name).stem}: stop it first")
         for job in jobs:
-            shutil.rmtree(ROOT / run_dir(b, job), ignore_errors=True)
+            folder = ROOT / run_dir(b, job)
+            for path in (folder, Path(f"{folder}.log")):  # a run locks its folder, `start` the log
+                if path.exists():
+                    file = os.open(path, os.O_RDONLY)
+                    stack.callback(os.close, file)
+                    if not claim(file):
+                        raise ValueError(f"--again: another process is at {title(job)}: stop it first")
+        for job in jobs:
+            folder = ROOT / run_dir(b, job)
+            shutil.rmtree(folder, ignore_errors=True)
             (ROOT / job.result).unlink(missing_ok=True)
-        for log in logs:  # the file stays, for its lock is what keeps a second process away
-            log.truncate(0)
+            if (log := Path(f"{folder}.log")).exists():
+                os.truncate(log, 0)  # the file stays, for its lock is what keeps a second process away
 
 
 def start(job, b):
@@ -543,7 +547,7 @@ def main(argv=None):
                                  f"gives now: move it away, or give --again --only '{title(job)}'")
         if not pending:
             return 0
-        if args.slurm:
+        if args.slurm and again:
             sbatch(["--test-only", *shlex.split(args.slurm_args)], "#!/bin/bash\n")  # refused before anything is lost
         forget(again, b)
         return submit(pending, b, args) if args.slurm else run_all(pending, args.jobs, b)

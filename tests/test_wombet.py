@@ -555,7 +555,6 @@ BAD = {
     "nor here": ["--no-keep-source-data", "--alpha-rule", "fixed", "--alpha", "0", "--pretrain-updates", "5"],
     "a cap that nothing heeds": ["--source", "backward", "--source-speed-cap", "1"],
     "a source that is none": ["--no-prior", "--source", "backward"],
-    "nor with a file": ["--offline-data", "a", "--source-reset-noise-factor", "1"],
     "no disagreement": ["--members", "1"],
     "preset": ["--preset", "x"],
     "device": ["--device", "cuda:7"],
@@ -587,6 +586,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags):
         assert (folder / "source.pt").exists()
     else:
         assert not folder.exists()
+
+
+def test_source_flags_with_a_file_are_refused():
+    with pytest.raises(ValueError, match="--source-reset-noise-factor 1.0, --source backward: there is no source task"):
+        wombet.parse_args(["--offline-data", "a", "--source", "backward", "--source-reset-noise-factor", "1"])
 
 
 def test_pretraining_on_a_file_that_no_batch_takes_from(base, tmp_path, capsys):
