@@ -157,12 +157,11 @@ def source_quantities(args):
     return {name: getattr(args, f"source_{name}") for name in names}
 
 
-def refuse_source_flags(args):
-    """ValueError where flags shape a source task that the run has not."""
+def source_flags(args):
+    """The flags given that shape a source task, as on the command line; of no use to a run without one."""
     given = {f"source_{key}": value for key, value in source_quantities(args).items() if value is not None}
     given.update({"source": args.source} if args.source != "near" else {})
-    flags = ", ".join(as_flag(key, value) for key, value in given.items())
-    require(not given, f"{flags}: there is no source task with --no-prior or --offline-data")
+    return ", ".join(as_flag(key, value) for key, value in given.items())
 
 
 UNKEPT = ("help", "resume", "evaluate", "gif", "speed")  # what config.json does not keep

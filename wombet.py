@@ -31,8 +31,8 @@ from mpc import MPC, imagine
 from harness import (SWITCH, Log, amount, as_flag, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
                      nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return,
-                     refuse_source_flags, require, require_memory, run_program, same_flags, save, save_dataset, show,
-                     some_path, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step, write_config)
+                     require, require_memory, run_program, same_flags, save, save_dataset, show, some_path,
+                     source_flags, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from replay import AdaptiveMix, ReplayBuffer, mixed_batch
 from tasks import TaskEnv, lockstep
 from world_model import WorldModel
@@ -169,8 +169,8 @@ def check_args(args):
     data = args.alpha_rule == "adaptive" or args.alpha or args.keep_source_data and not args.offline_data
     require(not args.pretrain_updates or args.prior and data, "--pretrain-updates needs data before the first target "
             "step: imagined, of the source, or a file's")
-    if args.offline_data or not args.prior:
-        refuse_source_flags(args)
+    unused = "" if args.prior and not args.offline_data else source_flags(args)
+    require(not unused, f"{unused}: there is no source task with --no-prior or --offline-data")
 
 
 def parse_args(argv=None):

@@ -32,8 +32,8 @@ from agent import soft_bounds
 from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
                      nonnegative, not_below, open_run, positive, read_flags, real, require, require_memory,
-                     run_program, save, save_dataset, show, some_path, source_quantities, stop_if_interrupted,
-                     stop_if_not_finite, store_step, write_config)
+                     run_program, save, save_dataset, show, some_path, source_flags, source_quantities,
+                     stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from replay import ReplayBuffer
 from tasks import TaskEnv
 
@@ -99,9 +99,8 @@ def check_online(args):
 def check_offline(args):
     require(args.dataset or args.evaluate, "--dataset FILE.npz is required")
     require(args.offline_updates or args.online_steps, "--offline-updates 0 and --online-steps 0 leave nothing to do")
-    unused = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
-              if key.startswith("source") and key != "source_rewards" and value not in (None, "near")]
-    require(args.source_rewards or not unused, f"{', '.join(unused)}: of use with --source-rewards alone")
+    unused = "" if args.source_rewards else source_flags(args)
+    require(not unused, f"{unused}: of use with --source-rewards alone")
 
 
 # ------------------------------------------------------------------------------------------------------------- set-up
