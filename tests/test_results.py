@@ -10,7 +10,8 @@ A table is marked by a comment before it, which names what each column after the
 The first cell is the environment, or begins with "All" for the row over all tasks, normalised. A cell is a mean, a
 mean ± standard deviation, or an interquartile mean [interval], rounded as it likes; words do not count; – is not
 measured.
-@mean is the mean over the marks after step 0, and method:length the length of the episodes.
+@mean is the mean over the marks after step 0, and method:length the length of the episodes. wombet>sac@50000 is the
+probability that a run of WOMBET is above one of SAC at that step of SAC's.
 
 Anywhere in a page, a value with an interval, as 0.52 [0.12, 0.92], is some row's of that file.
 
@@ -33,21 +34,28 @@ import plot
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "<!-- table: summary.csv"
 NUMBER = r"(-?[\d.]+)"
+BETTER = re.compile(r"probability of (?:improvement on ([\w-]+)@(\d+)|a higher (\w+).* over the marks than ([\w-]+))")
 CELL = re.compile(rf"^{NUMBER}(?: ± {NUMBER}| \[{NUMBER}, {NUMBER}\])?$")
 
 
 def read_summary(path):
     """{(topic, environment or "All", method, step or "mean"): row} of returns in the target phase, of method:offline
-    before it, where step counts updates, and of method:length; over all tasks of normalised returns."""
+    before it, where step counts updates, and of method:length; over all tasks of normalised returns. And of
+    probabilities, whose method is wombet>rival or wombet:length>rival, and whose step is the rival's."""
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["phase"] in ("target", "offline")]
     found = {}
     for row in rows:
+        env, offline = "All" if "+" in row["env"] else row["env"], ":offline" * (row["phase"] == "offline")
+        if match := BETTER.fullmatch(row["quantity"]):
+            rival, step, length, other = match.groups()
+            method = f"{row['method']}{offline}{':length' * (length == 'length')}>{rival or other}"
+            found[row["topic"], env, method, step or "mean"] = row
+            continue
         quantity, over, _ = row["quantity"].partition(" over the marks")
         if quantity == "length" or quantity.startswith("normalised" if "+" in row["env"] else "return"):
-            env, step = "All" if "+" in row["env"] else row["env"], "mean" if over else row["step"]
-            method = row["method"] + ":offline" * (row["phase"] == "offline") + ":length" * (quantity == "length")
-            found[row["topic"], env, method, step] = row
+            method = row["method"] + offline + ":length" * (quantity == "length")
+            found[row["topic"], env, method, "mean" if over else row["step"]] = row
     return found
 
 
@@ -69,7 +77,7 @@ def unknown_intervals(text, path):
 
 def look_up(summary, env, column):
     """The row that `topic/method@step` names; of topic/*@step the one with the highest mean. None without one."""
-    topic, method, step = re.fullmatch(r"([\w-]+)/([\w*:-]+)@(\d+|mean)", column).groups()
+    topic, method, step = re.fullmatch(r"([\w-]+)/([\w*:>-]+)@(\d+|mean)", column).groups()
     rows = [row for (t, e, m, s), row in summary.items()
             if (t, e, s) == (topic, env, step) and method in ("*", m)]
     return max(rows, key=lambda row: float(row["mean"]), default=None)
@@ -96,6 +104,8 @@ def faults(text, summary):
                     found.append(f"{env} {column}: {cell.strip()!r} " + ("cannot be read" if row else "is not in it"))
                     continue
                 keys = ("iqm", "low", "high") if match[3] else ("mean", "std")
+                if match[3] and not row["iqm"]:  # a probability
+                    keys = ("mean", "low", "high")
                 for number, key in zip((n for n in match.groups() if n), keys):
                     digits = len(number.partition(".")[2])
                     if not row[key] or f"{float(row[key]):.{digits}f}" != f"{float(number):.{digits}f}":
@@ -127,14 +137,16 @@ def of_a_run(folder):
     """{row's name: cell} of one run: what tables by seed may say of it."""
     with open(folder / "progress.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["phase"] == "target"]
-    returns, lengths = ({int(row["env_steps"]): float(row[f"{key}_mean"]) for row in rows}
-                        for key in ("return", "length"))
+    column = lambda key: {int(row["env_steps"]): float(row.get(key) or "nan") for row in rows}
+    returns, lengths, errors = map(column, ("return_mean", "length_mean", "q_error"))
     marks = [step for step in returns if step > 0]
     mean = lambda values: number(sum(values[step] for step in marks) / len(marks))
     cells = {}
     if len(marks) == 10:
         cells = {"return over the ten marks": mean(returns), "length over the ten marks": mean(lengths),
                  "of 10 evaluations, without a fall in ten episodes": str([lengths[s] for s in marks].count(1000.0))}
+        if all(errors[step] == errors[step] for step in marks):  # older runs have none
+            cells["`q_error` over the ten marks"] = mean(errors)
     if rows[-1].get("acceptance"):
         cells["trajectories of the first D_S that pass"] = f"{100 * float(rows[-1]['acceptance']):.0f} %"
     if 0 in returns:
@@ -213,6 +225,9 @@ fig2,target,Hopper-v4,wombet,q_error,0,7,1,7,7,7,5
 fig2,target,Hopper-v4,wombet,return over the marks,0,600,1,600,500,700,5
 fig2,target,Hopper-v4,wombet,length over the marks,0,80,1,80,70,90,5
 fig2,target,Hopper-v4,wombet,probability of improvement on sac@0,0,0.5,,,0.123,1,5
+fig2,target,Hopper-v4,wombet,probability of improvement on sac@9,7,0.6,,,0.2,0.9,5
+fig2,target,Hopper-v4,wombet,probability of a higher length over the marks than sac,7,0.7,,,0.3,1,5
+fig2,target,Hopper-v4,wombet,probability of a higher return over the marks than sac,7,0.8,,,0.4,1,5
 fig2,offline,Hopper-v4,wombet,return,0,8,1,8,8,8,5
 fig2,target,Hopper-v4+Walker2d-v4,wombet,normalised by td3-1m,0,38.25,,37.2,30,41,5
 control,target,Hopper-v4,control,return,25000,-1234.5,,,,,1
@@ -252,6 +267,16 @@ def test_means_over_the_marks_and_lengths_have_names_of_their_own(tmp_path):
     (tmp_path / "summary.csv").write_text(SUMMARY)
     assert faults(page.format("600 ± 1", "80", "2,485", "–"), read_summary(tmp_path / "summary.csv")) == []
     assert len(faults(page.format("601", "81", "2,485", "–"), read_summary(tmp_path / "summary.csv"))) == 2
+
+
+@pytest.mark.parametrize("column, right", [
+    ("wombet>sac@9", "0.60 [0.20, 0.90]"), ("wombet:length>sac@mean", "0.7 [0.3, 1]"),
+    ("wombet>sac@mean", "0.80 [0.40, 1.00]")])
+def test_probabilities_have_names_of_their_own(tmp_path, column, right):
+    (tmp_path / "summary.csv").write_text(SUMMARY)
+    page, summary = PAGE.replace("wombet@0", column), read_summary(tmp_path / "summary.csv")
+    assert faults(page.format(right, "-1234.5", "2,485", "–"), summary) == []
+    assert "for mean" in faults(page.format("0.61 [0.20, 0.90]", "-1234.5", "2,485", "–"), summary)[0]
 
 
 def test_intervals_in_prose(tmp_path):
