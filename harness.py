@@ -126,10 +126,10 @@ def new_parser(doc, name, source=True):
     g.add_argument("--name", type=label, default=name, help="second part of the run folder's name; plots group by it")
     g.add_argument("--out", type=some_path, default="runs", help="folder of run folders <env>__<name>__<seed>")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: cuda where there is one")
-    g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16; "
-                   "auto: what this machine has; runs too short to gain by it are not compiled")
+    g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16 "
+                   "(PPO, TD3, BC, IQL, AWAC: neither); auto: where the machine can, and, compiling, where it pays")
     g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags "
-                   "(budgets, learning rates, evaluations, checkpoints and the machine's may be given anew)")
+                   "(budgets, the agent's learning rates, evaluations, checkpoints, the machine's may be given anew)")
     g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its "
                    "return")
     g.add_argument("--gif", type=some_path, metavar="FILE", help="with --evaluate: draw the first episode")

@@ -52,7 +52,8 @@ def build_parser():
     g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
-    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target step")
+    g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
+                   "step; --eval-every and --checkpoint-every count these there, --imagine-every the actor's")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="alpha = clip(gain * TD error, min, max)")
@@ -547,9 +548,9 @@ def train(args):
 
     if run.phase == "source":  # 1. learn the source task, then the model
         learn(run, "source")
-        choose_best(run)
         save(run.dir / "checkpoint.pt", state_dict(run))
         stop_if_interrupted(run, state_dict)
+        choose_best(run)  # not in that checkpoint, from which more --source-steps may be taken
         fit(run, args.model_epochs)
         run.phase = "generate"
         save(run.dir / "source.pt", state_dict(run))
@@ -584,9 +585,8 @@ def train(args):
 
 def play(args):
     """`--evaluate`: plays a run's policy on the episodes of its own evaluations, prints its return, draws the first."""
-    run_dir = Path(args.evaluate)
-    state = load(run_dir / "checkpoint.pt", args.device, "wombet")
-    run = build(args, run_dir, state)
+    state = load(Path(args.evaluate) / "checkpoint.pt", args.device, "wombet")
+    run = build(args, Path(args.evaluate), state)
     load_state_dict(run, state)
     name = "source" if run.phase in ("source", "generate") else "target"
     show(getattr(run, name), name, args.gif)

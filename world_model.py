@@ -158,8 +158,9 @@ class WorldModel(nn.Module):
         Args: obs, next_obs (n, d), action (n, A), features (n, f). held_out: (n,) bool, by default every tenth row:
             where rows are only ever appended, what is held out stays held out over refits.
 
-        Returns {"epochs", "holdout_mse" (normalised units; 1 is what the mean of the data achieves), "holdout_nll",
-        "holdout_u", "holdout_error" (u and the true error it stands for, per row of the half that scaled u)}.
+        Returns {"epochs", "holdout_mse" (over the dimensions that vary; 1 is what the data's mean achieves),
+        "holdout_nll", "holdout_u", "holdout_error" (u and the true error it stands for, per row of the half that
+        scaled u)}.
         Raises ValueError for fewer than 10 transitions, FloatingPointError when the loss is not finite.
         """
         inputs, targets = torch.cat([obs, action], -1), torch.cat([next_obs - obs, features], -1)
@@ -197,7 +198,7 @@ class WorldModel(nn.Module):
                 p.copy_(keep)
             mean, logvar = self(inputs[held])
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
-            mse = (mean.mean(0) - targets[held]).square().mean()
+            mse = ((mean.mean(0) - targets[held]) * self.varies).square().sum(-1).mean() / self._root_d() ** 2
         self.calibrate(obs, action, next_obs, features, held_out)
         rows = [column[calibrating] for column in (obs, action, next_obs, features)]
         return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),

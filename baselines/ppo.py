@@ -1,5 +1,6 @@
-"""PPO: proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347), as in CleanRL's
-ppo_continuous_action.py: one environment, observations and rewards normalised.
+"""PPO: proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347), one environment.
+
+As in CleanRL's ppo_continuous_action.py: observations and rewards normalised.
 
     python baselines/ppo.py --env Walker2d-v4
 

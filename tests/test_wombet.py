@@ -94,8 +94,9 @@ def interrupt_at(monkeypatch, step):
     count, original = [0], tasks.TaskEnv.step
 
     def counted(env, action):
-        count[0] += not getattr(env, "evaluates", False)
-        if count[0] == step:
+        trains = not getattr(env, "evaluates", False)
+        count[0] += trains
+        if trains and count[0] == step:
             signal.raise_signal(signal.SIGINT)
         return original(env, action)
 
@@ -121,6 +122,17 @@ def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatc
     assert rows(stopped) == rows(whole)
     ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (stopped, whole))
     assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
+
+
+def test_more_source_steps_after_a_stop_in_the_last_one(tmp_path, monkeypatch):
+    """The last agent goes on, not the best one, which only the model and the target task start from."""
+    _, whole = run(tmp_path / "whole", "--source-steps", 200)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 150)
+        code, stopped = run(tmp_path)
+    assert code == 130 and wombet.main(["--resume", str(stopped), "--source-steps", "200"]) == 0
+    wanted = [row for row in rows(whole) if row["source_steps"] in ("180", "200")]
+    assert [row for row in rows(stopped) if row["source_steps"] in ("180", "200")] == wanted
 
 
 @pytest.mark.parametrize("fast, precision", [("off", "highest"), ("auto", "high")])

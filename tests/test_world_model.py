@@ -61,6 +61,21 @@ def test_recovers_a_linear_gaussian_system(fitted):
     torch.testing.assert_close(u, model.uncertainty(data[0][:50], data[1][:50]))
 
 
+def test_holdout_error_is_of_the_dimensions_that_vary():
+    """A target that never changes is predicted without error, which says nothing about the others."""
+    torch.manual_seed(0)
+    (obs, action, next_obs, features), _ = linear_data(400)
+    mse = []
+    for still in (torch.empty(400, 0), torch.ones(400, 3)):
+        torch.manual_seed(0)
+        model = WorldModel(2 + still.shape[1], 1, 1, members=2, hidden=8, layers=1)
+        for p in [*model.weights, *model.biases]:
+            p.data.zero_()  # the mean of the data
+        mse.append(model.fit(torch.cat([obs, still], 1), action, torch.cat([next_obs, still], 1), features, lr=1e-9,
+                             max_epochs=1)["holdout_mse"])
+    assert mse[0] == pytest.approx(1, abs=0.3) and mse[1] == pytest.approx(mse[0], rel=1e-3)
+
+
 def test_fitting_in_bfloat16(fitted):
     """A fit with such products predicts as well as float32's, on the same data and in float32."""
     data, result, _ = fitted
