@@ -241,7 +241,8 @@ def config_flags(run_dir, parser):
     """The flags in a run's config.json, held to the types and choices that the command line is held to: a Namespace."""
     file, flags = Path(run_dir) / "config.json", read_config(run_dir)["flags"]
     actions = {action.dest: action for action in parser._actions if action.dest not in UNKEPT}
-    lacks, foreign = (", ".join(sorted(a - b)) for a, b in ((set(actions), set(flags)), (set(flags), set(actions))))
+    few = lambda names: ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+    lacks, foreign = (few(sorted(a - b)) for a, b in ((set(actions), set(flags)), (set(flags), set(actions))))
     require(not lacks and not foreign, f"{file} is of another program or version: it "
             + " and ".join([f"lacks {lacks}"] * bool(lacks) + [f"has {foreign}"] * bool(foreign)))
     argv = []
@@ -420,7 +421,7 @@ def write_config(run_dir, args):
     before = []
     if args.resume:
         earlier = read_config(run_dir)
-        before = [*earlier.pop("before", []), {key: value for key, value in earlier.items() if key != "flags"}]
+        before = [*earlier.pop("before", []), earlier]
     try:
         commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
                                 capture_output=True, text=True).stdout.strip()
@@ -711,11 +712,12 @@ def load_log_and_generators(run, state):
         torch.cuda.set_rng_state(rng.cpu(), i)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def catch_interrupts(run):
-    """Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the same again at once, without.
+    """Ctrl-C (SIGTERM, a terminal that closes) ends the run after the step under way, with a checkpoint; the same again
+    at once, without.
 
     One of either is no second one: a time limit's SIGTERM may reach the run and the program that started it, which
     passes on a SIGINT."""
@@ -728,7 +730,8 @@ def catch_interrupts(run):
     run.interrupted = []  # the signals that came
     if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
         for name in SIGNALS:
-            signal.signal(name, ask)
+            if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(name, ask)
 
 
 def stop_if_interrupted(run, state_dict):

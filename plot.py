@@ -7,7 +7,7 @@
     python plot.py results/fig3 results/fig2 --kind bars --phase offline --line wombet     offline, and WOMBET's line
     python plot.py results/fig5 --kind alpha          alpha and TD error over target steps; likewise q-error
     python plot.py runs/fig2 --kind model-error       u against the model's true error, from model_error.csv
-    python plot.py results --kind summary --out results/summary.csv      the numbers of all topics in results/
+    python plot.py results --kind summary --published results/published_curves.csv --out results/summary.csv
 
 A run is a folder <env>__<name>__<seed>: an environment is a panel, runs that share <name> are a group. A group is drawn
 as the mean over its seeds with one sample standard deviation (n - 1) on each side, or as the interquartile mean with
@@ -54,7 +54,11 @@ SCALES = {"td3-1m": ("TD3 at 1M steps", {"HalfCheetah-v4": (-289.4, 10574), "Hop
 
 
 def build_parser():
+    def error(message):  # argparse's own prints the usage too
+        raise ValueError(message)
+
     parser = argparse.ArgumentParser(description="Draw the figures, and sum up the numbers, from run folders.")
+    parser.error = error
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run folder, or a folder of run folders")
     parser.add_argument("--kind", default="curves", choices=(*COLUMNS, "model-error", "summary"),
                         help="the figure (default: %(default)s)")
@@ -114,10 +118,10 @@ def find_runs(folders, filename, names=None):
     runs = {}
     candidates = [[folder / filename, *sorted(folder.glob(f"*/{filename}"))] for folder in map(Path, folders)]
     for path in filter(Path.is_file, sum(candidates, [])):
-        env, *name, seed = path.resolve().parent.name.split("__")
-        if not name:
-            raise ValueError(f"{path.parent} is not named <env>__<name>__<seed>")
-        runs.setdefault((env, "__".join(name), seed), []).append(path)
+        parts = path.resolve().parent.name.split("__")
+        if len(parts) < 3 or not parts[-1].isdecimal():
+            raise ValueError(f"{path.parent} is not named <env>__<name>__<seed>: name it so, or move it away")
+        runs.setdefault((parts[0], "__".join(parts[1:-1]), parts[-1]), []).append(path)
     if not runs:
         raise ValueError(f"no runs found: no {filename} in {', '.join(map(str, folders))} or in its subfolders")
     known = sorted({name for _, name, _ in runs})
@@ -146,12 +150,14 @@ def mixed_flags(runs):
     config.json."""
     groups, lines = {}, set()
     for env, label, path in runs:
-        config = path.with_name("config.json")
-        if config.exists():
-            config = json.loads(config.read_text())
-            speed = {key: value for key, value in config.get("speed", {}).items() if key != "compile"}
-            groups.setdefault((env, label), {})[path.resolve().parent.name.split("__")[-1]] = {
-                **config.get("flags", {}), **speed}
+        if (file := path.with_name("config.json")).exists():
+            try:
+                config = json.loads(file.read_text())
+                flags = {**config.get("flags", {}), **config.get("speed", {})}
+            except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from None
+            flags.pop("compile", None)
+            groups.setdefault((env, label), {})[path.resolve().parent.name.split("__")[-1]] = flags
     for (env, label), seeds in groups.items():
         for key in set().union(*seeds.values()) - set(MAY_DIFFER):
             values = {}
@@ -595,8 +601,8 @@ def check_writable(path, endings):
 
 def main(argv=None):
     """Draws what argv asks for; returns 0, or 2 after one line on stderr for bad input."""
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         for flag, given, kinds in (("--names", args.names, ("model-error", *COLUMNS)), ("--line", args.line, ("bars",)),
                                    ("--reference", args.reference, DRAWN),
                                    ("--normalise", args.normalise, ("summary", *DRAWN)),

@@ -157,7 +157,7 @@ def check_args(args):
         require(vars(args)[low] <= vars(args)[high], f"{as_flag(low, vars(args)[low])} is above "
                 f"{as_flag(high, vars(args)[high])}")
     by_policy = args.imagine_every and args.imagine_with == "policy"
-    for n, length, used in (("imagined_trajectories", "imagined_length", True),
+    for n, length, used in (("imagined_trajectories", "imagined_length", args.prior and not args.offline_data),
                             ("rollouts", "rollout_length", by_policy)):
         number, steps = vars(args)[n], vars(args)[length]
         require(not used or number * steps <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does "
@@ -260,10 +260,9 @@ def state_dict(run):
         if (side := getattr(run, name)) is not None:
             state[name] = {part: getattr(side, part).state_dict() for part in ("env", "agent", "buffer")}
             state[name].update({key: getattr(side, key) for key in SIDE_VALUES})
-    if run.model is not None:
-        state["model"] = run.model.state_dict()
-    if run.offline_data is not None:
-        state["offline_data"] = run.offline_data.state_dict()
+    for name in ("model", "offline_data"):
+        if (part := getattr(run, name)) is not None:
+            state[name] = part.state_dict()
     return state
 
 
@@ -541,7 +540,8 @@ def train(args):
             run.phase = "target"
     elif args.source_run:
         reuse_source(run, args.source_run)
-    write_config(run_dir, args)  # from here on the flags are known to be good
+    if run.phase != "done":  # else nothing would be made with these flags
+        write_config(run_dir, args)  # from here on they are known to be good
     if state is None:
         save(run_dir / "checkpoint.pt", state_dict(run))  # from here on --resume goes on, whatever happens
     catch_interrupts(run)

@@ -257,12 +257,13 @@ def train(args, make_agent, program):
     if state is not None:
         load_state_dict(run, state)
         run.log.write()  # without the rows that came after the checkpoint
-    write_config(run_dir, args)  # from here on the flags are known to be good
+    steps = args.online_steps if "dataset" in args else args.target_steps
+    if run.phase not in ("start", "target") or run.step < steps:  # else nothing would be made with these flags
+        write_config(run_dir, args)  # from here on they are known to be good
     if state is None:
         save(run_dir / "checkpoint.pt", state_dict(run))  # from here on --resume goes on, whatever happens
     catch_interrupts(run)
 
-    steps = args.online_steps if "dataset" in args else args.target_steps
     if run.phase == "prepare":
         if hasattr(run.agent, "prepare"):
             run.info.update(run.agent.prepare(run.buffer, run.log.note) or {})

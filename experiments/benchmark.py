@@ -303,6 +303,8 @@ def parse_args(argv):
     parser.error = functools.partial(require, False)
     args = parser.parse_args(argv)
     require(not args.json or args.json.resolve().parent.is_dir(), f"--json {args.json}: its folder does not exist")
+    require(not args.scaling or not args.peers and args.only == list("abcde"), "--scaling measures our own work: "
+            "leave --only and --peers out")
     kept = args.scaling and args.scaling.resolve() == ROOT / "results"
     require(not args.quick or not kept, "--scaling --quick: give --scaling a folder, for the "
             "default one keeps real measurements")

@@ -14,6 +14,7 @@ Writes bound.csv, a row per sequence, and bound.png, the share of sequences for 
 
 import argparse
 import csv
+import functools
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 import wombet  # noqa: E402
 from mpc import MPC  # noqa: E402
 from plot import STYLE, new_figure, style  # noqa: E402
-from harness import count  # noqa: E402
+from harness import check_place, count, require  # noqa: E402
 from tasks import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
@@ -131,21 +132,29 @@ def main(argv=None):
     parser.add_argument("--episodes", type=count, default=20, help="real episodes a run (default: %(default)s)")
     parser.add_argument("--length", type=count, default=200, help="steps an episode at most (default: %(default)s)")
     parser.add_argument("--every", type=count, default=10, help="steps between checks (default: %(default)s)")
-    args, rows, used = parser.parse_args(argv), [], {}
-    out, names = Path(args.out), [Path(folder).resolve().name for folder in args.runs]
+    parser.error = functools.partial(require, False)
+    rows, used = [], {}
     try:
+        args = parser.parse_args(argv)
+        out, names = Path(args.out), [Path(folder).resolve().name for folder in args.runs]
         for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two runs are named {name}: give one of them")
+            require(names.count(name) == 1, f"two runs are named {name}: give one of them")
+        require(not out.exists() or out.is_dir(), f"--out {out} is no folder")
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("bound.png", "bound.csv"):
+            check_place(out / name, "--out")
         for folder, name in zip(args.runs, names):
             run = load_source(folder)
+            require(args.length >= run.args.horizon, f"--length {args.length} is below {folder}'s horizon of "
+                    f"{run.args.horizon}: no sequence fits in")
             torch.manual_seed(run.args.seed)
             rows += [(name, *row) for row in check(run, args.episodes, args.length, args.every)]
             used[name] = run.args.plan_penalty_coef
     except (ValueError, OSError) as error:
         print(f"bound.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     with matplotlib.rc_context(STYLE):
         draw(rows, used, out / "bound.png")
     with open(out / "bound.csv", "w", newline="") as file:

@@ -251,7 +251,7 @@ def command(job):
     line = shlex.join(["python", job.script, *job.flags])
     if job.base:
         parent = str(Path(job.flags[1]).parent)
-        line = f"mkdir -p {parent} && cp -r {job.base} {parent}/ && {line}"
+        line = f"mkdir -p {shlex.quote(parent)} && {shlex.join(['cp', '-r', job.base, f'{parent}/'])} && {line}"
     return line
 
 
@@ -283,13 +283,14 @@ NOT_IMAGINED = ("alpha_gain", "alpha_min", "alpha_max", "target_penalty_coef", "
 def other_flags(job, folder):
     """Those flags, as the run in that folder has them, that are not what its command gives now: a default may have
     changed."""
-    config = ROOT / folder / "config.json"
-    then = json.loads(config.read_text()).get("flags", {}) if config.exists() and not job.base else {}
-    if not then:
+    if job.base or not (ROOT / folder / "config.json").exists():
         return []
     places = [str(ROOT), str(ROOT / "baselines")]  # where the programs lie
     sys.path[:0] = [place for place in places if place not in sys.path]
-    from harness import as_flag
+    from harness import as_flag, read_config
+    then = read_config(ROOT / folder)["flags"]
+    if not then:
+        return []
     program = importlib.import_module(Path(job.script).stem)
     now = vars(getattr(program, "parse_args", program.build_parser().parse_args)(list(job.flags)))
     nothing = then.get("alpha_rule") == "fixed" and then["alpha"] == 0
@@ -374,14 +375,20 @@ class Board:
 
     def say(self, text):
         self.draw([])
-        print(text, flush=True)
+        self.write(text + "\n")
 
     def draw(self, lines):
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\033[{self.drawn}F\033[J" if self.drawn else "", end="")
-            print("".join(line[:width] + "\n" for line in lines), end="", flush=True)
+            self.write((f"\033[{self.drawn}F\033[J" if self.drawn else "")
+                       + "".join(line[:width] + "\n" for line in lines))
             self.drawn = len(lines)
+
+    def write(self, text):
+        try:
+            print(text, end="", flush=True)
+        except OSError:  # a reader that has gone, as behind `| head`, ends no run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_all(jobs, slots, b):
@@ -510,13 +517,21 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs}: at least 1")
+    if min(args.seeds or [0]) < 0:
+        raise ValueError(f"--seeds {min(args.seeds)}: at least 0")
+    if args.list and (args.again or args.slurm):
+        raise ValueError("--list runs nothing: leave --again and --slurm out")
+    if args.slurm_args and not args.slurm:
+        raise ValueError("--slurm-args needs --slurm")
     if "baselines" in args.topics and args.budget != "cpu":
         raise ValueError(f"--budget {args.budget}: baselines has one budget, the published one: leave --budget out")
     return args
 
 
 def main(argv=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Slurm's time limit leaves checkpoints
+    for name in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: Slurm's time limit, a closed terminal leave checkpoints
+        if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(name, signal.default_int_handler)
     try:
         args = parse_args(argv)
         b = SimpleNamespace(**BUDGETS[args.budget])

@@ -680,6 +680,19 @@ def test_handlers_are_put_back(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.parametrize("before, stops", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_terminal_that_closes_stops_a_run_as_ctrl_c_does_but_for_nohup(before, stops):
+    run, handlers = SimpleNamespace(), [(name, signal.getsignal(name)) for name in harness.SIGNALS]
+    signal.signal(signal.SIGHUP, before)
+    try:
+        harness.catch_interrupts(run)
+        signal.raise_signal(signal.SIGHUP) if stops else os.kill(os.getpid(), signal.SIGHUP)
+        assert bool(run.interrupted) is stops
+    finally:
+        for name, handler in handlers:
+            signal.signal(name, handler)
+
+
 @pytest.mark.parametrize("second, at_once", [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_second_signal(second, at_once):
     """The same again means at once. Another kind does not: a time limit signals this process, and the program that

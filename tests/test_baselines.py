@@ -490,6 +490,9 @@ def test_an_offline_run_goes_on_online_later(whole, dataset, tmp_path, method):
     code, folder = run(method, tmp_path, dataset, "--online-steps", "0")
     assert code == 0 and rows(folder) == rows(whole(method))[:3]
     actor = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["actor"]
+    config = (folder / "config.json").read_text()  # of nothing to do nothing is written
+    assert importlib.import_module(method).main(["--resume", str(folder), "--eval-every", "7"]) == 0
+    assert (folder / "config.json").read_text() == config
     assert importlib.import_module(method).main(["--resume", str(folder), "--online-steps", "50"]) == 0
     assert rows(folder) == rows(whole(method))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)

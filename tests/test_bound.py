@@ -66,6 +66,13 @@ def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
     assert len(rows) == 12 and all(float(row["sum_u"]) > 0 for row in rows)
     assert (out / "bound.png").exists() and "holds at 4" in capsys.readouterr().out
 
+    before = (out / "bound.csv").read_bytes()
+    for bad in (["--length", "4"], ["--episodes", "0"], ["--out", str(folder / "config.json")]):
+        assert bound.main([str(folder), *flags, *bad]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("bound.py: ") and error.count("\n") == 1 and bad[0] in error
+    assert (out / "bound.csv").read_bytes() == before
+
     other = tmp_path / "other" / folder.name
     shutil.copytree(folder, other)
     assert bound.main([str(folder), str(other), *flags]) == 2

@@ -503,7 +503,7 @@ def test_bars_take_no_published_curve(results, published, capsys):
     (["--line", "a"], "--line"), (["--kind", "bars", "--line", "z"], "no run is named z"),
     (["--kind", "alpha", "--normalise", "td3-1m"], "--normalise"),
     (["--all-steps", "--phase", "offline"], "--all-steps"), (["--kind", "q-error"], "nothing to draw"),
-    (["--kind", "alpha", "--phase", "source"], "nothing to draw")])
+    (["--kind", "alpha", "--phase", "source"], "nothing to draw"), (["--kind", "pie"], "--kind")])
 def test_other_bad_input(results, capsys, flags, word):
     assert draw(results, *flags) == 2
     assert_refused(capsys, word)
@@ -528,10 +528,19 @@ def test_one_run_is_not_counted_twice(results, capsys):
     assert_refused(capsys, "two runs are named Hopper-v4__a__0")
 
 
-def test_a_folder_of_another_name_is_named(tmp_path, capsys):
-    write_run(tmp_path, [0], [1]).rename(tmp_path / "Hopper-v4__0")
+@pytest.mark.parametrize("name", ["Hopper-v4__0", "old", "Hopper-v4__a__0.bak"])
+def test_a_folder_of_another_name_is_named(tmp_path, capsys, name):
+    """A backup, say, which else would count as one more seed."""
+    write_run(tmp_path, [0], [1]).rename(tmp_path / name)
     assert draw(tmp_path) == 2
-    assert_refused(capsys, "Hopper-v4__0")
+    assert_refused(capsys, name)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"flags": null}', '{"speed": 3}'])
+def test_a_damaged_config_is_named(tmp_path, capsys, text):
+    (write_run(tmp_path, [0], [1]) / "config.json").write_text(text)
+    assert draw(tmp_path) == 2
+    assert_refused(capsys, "config.json")
 
 
 @pytest.mark.parametrize("out, word", [

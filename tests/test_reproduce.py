@@ -45,7 +45,7 @@ if mode == "source":  # it goes on until the run that waits for source.pt has be
     (folder / "source.pt").touch()
     while not pathlib.Path(more[0]).exists():
         time.sleep(0.05)
-(folder / "config.json").write_text("{}")
+(folder / "config.json").write_text('{"flags": {}}')
 (folder / "progress.csv").write_text(mode)
 """
 
@@ -102,6 +102,15 @@ def test_list_prints_commands_one_a_line(capsys):
     assert len(lines) == 3 and "--no-prior --target-steps 75000" in lines[2]
 
 
+def test_a_listed_command_copies_from_a_folder_with_a_space(tmp_path, capsys):
+    out = tmp_path / "my runs"
+    (out / "runs" / "fig3" / "Hopper-v4__bc__0").mkdir(parents=True)
+    assert reproduce.main(["fig4", "--budget", "quick", "--out", str(out), "--list", "--only", "fig4/*bc*"]) == 0
+    copy = capsys.readouterr().out.rpartition(" && ")[0]
+    assert subprocess.run(copy, shell=True, cwd=tmp_path).returncode == 0
+    assert (out / "runs" / "fig4" / "Hopper-v4__bc__0").is_dir() and [*tmp_path.iterdir()] == [out]
+
+
 README = (SCRIPT.parent / "README.md").read_text()
 
 
@@ -115,7 +124,9 @@ def test_the_readme_has_every_topic():
 
 
 @pytest.mark.parametrize("flags", [["figure"], ["fig2", "--jobs", "0"], ["fig2", "--only", "fig3/*"], ["fig2", "--x"],
-                                   ["fig2", "--budget", "quick", "--out", "/dev/null"],
+                                   ["fig2", "--budget", "quick", "--out", "/dev/null"], ["fig2", "--seeds", "-1"],
+                                   ["fig2", "--list", "--again"], ["fig2", "--list", "--slurm"],
+                                   ["fig2", "--list", "--slurm-args=--partition=gpu"],
                                    ["baselines", "--budget", "quick"]])
 def test_bad_input_is_one_line(flags, capsys):
     assert reproduce.main(flags) == 2
@@ -237,6 +248,30 @@ def test_interrupted_goes_on(stubs, tmp_path, capsys):
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in process.communicate()[0] and process.returncode == 130
     assert stubs.run() == 0 and stubs.said("a") == "resumed"
+
+
+def test_a_reader_that_has_gone_ends_no_run(stubs, tmp_path):
+    """As behind `| head`."""
+    stubs(a=("ok", []))
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = os.dup(1)
+    try:
+        os.dup2(writer, 1)
+        with open(writer, "w") as out, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert stubs.run() == 0
+    finally:
+        os.dup2(before, 1)
+    assert stubs.said("a") == "ok"
+
+
+def test_a_damaged_config_is_named(stubs, tmp_path, capsys):
+    stubs(a=("ok", []))
+    assert stubs.run() == 0
+    (tmp_path / "results" / "t" / "a" / "config.json").write_text("")
+    capsys.readouterr()
+    assert stubs.run() == 2 and "config.json cannot be read" in capsys.readouterr().err
 
 
 def test_again_leaves_a_run_that_was_started_by_hand(stubs, tmp_path, capsys):

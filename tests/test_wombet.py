@@ -245,10 +245,12 @@ def test_more_steps_of_a_finished_run(base, tmp_path, monkeypatch):
     for steps in ("140", "160"):
         assert wombet.main(["--resume", str(folder), "--target-steps", steps]) == 0
     assert [row for row in rows(folder) if row["env_steps"] != "140"] == rows(whole)
+    assert wombet.main(["--resume", str(folder), "--lr", "0.1"]) == 0  # nothing is left to do with it
     first, last = (json.loads((of / "config.json").read_text()) for of in (base, folder))
-    assert "before" not in first and last["command"] == "wombet.py --resume"
-    kept = ("command", "commit", "speed", "versions", "machine")
-    assert last["before"] == [{key: of[key] for key in kept} for of in (first, last)]
+    assert last["flags"]["lr"] == first["flags"]["lr"] and "before" not in first and last["command"] == "wombet.py --resume"
+    kept = ("flags", "speed", "commit", "command", "versions", "machine")
+    of_140 = {**last, "flags": {**last["flags"], "target_steps": 140}}
+    assert last["before"] == [{key: of[key] for key in kept} for of in (first, of_140)]
 
 
 TARGET_FLAGS = {
@@ -716,6 +718,7 @@ def test_preset_paper(base, tmp_path):
     plain = vars(wombet.parse_args([]))
     assert all(plain[key] != value for key, value in wombet.PAPER.items())  # each is a departure
     wombet.parse_args(["--preset", "paper", "--offline-capacity", "13000", "--rollouts", "9000"])  # which are not made
+    wombet.parse_args(["--no-prior", "--imagined-trajectories", "9000"])
     assert run(tmp_path, "--preset", "paper", "--imagined-length", "16", "--offline-capacity", "300")[0] == 0
 
 
