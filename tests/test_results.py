@@ -168,7 +168,8 @@ def by_seed(text, results):
             continue
         for column, group in enumerate(groups.split(), 1):
             topic, _, method = group.partition("/")
-            runs = [of_a_run(results / topic / f"{env}__{method}__{seed}") for seed in seeds.split(", ")]
+            folders = [results / topic / f"{env}__{method}__{seed}" for seed in seeds.split(", ")]
+            runs = [of_a_run(folder) if folder.exists() else {} for folder in folders]
             for name, *cells in rows:
                 right = ", ".join(run.get(name, "–") for run in runs) if any(name in run for run in runs) else "–"
                 if cells[column - 1] not in (right, "the same" if column == 2 and right == cells[0] else right):
