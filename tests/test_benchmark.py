@@ -57,8 +57,8 @@ def test_scaling(tmp_path):
 @pytest.mark.parametrize("flags", [["--repetitions", "0"], ["--only", "z"], ["--threads", "0"],
                                    ["--json", "no/such/folder.json"], ["--quick", "--flags=--device abacus"],
                                    ["--quick", "--flags=--horizon 0"], ["--flags=--no-prior"],
-                                   ["--flags=--env Walker2d-v4"], ["--quick", "--scaling"], ["--quick", "--scaling", "x", "--only", "a"],
-                                   ["--quick", "--scaling", "x", "--peers"],
+                                   ["--flags=--env Walker2d-v4"], ["--quick", "--scaling"],
+                                   ["--quick", "--scaling", "x", "--only", "a"], ["--quick", "--scaling", "x", "--peers"],
                                    ["--quick", "--scaling", str(SCRIPT.parent / ".." / "results")]])
 def test_bad_input_is_one_line(flags, capsys):
     code = benchmark.main(flags)

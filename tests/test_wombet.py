@@ -247,7 +247,8 @@ def test_more_steps_of_a_finished_run(base, tmp_path, monkeypatch):
     assert [row for row in rows(folder) if row["env_steps"] != "140"] == rows(whole)
     assert wombet.main(["--resume", str(folder), "--lr", "0.1"]) == 0  # nothing is left to do with it
     first, last = (json.loads((of / "config.json").read_text()) for of in (base, folder))
-    assert last["flags"]["lr"] == first["flags"]["lr"] and "before" not in first and last["command"] == "wombet.py --resume"
+    assert last["flags"]["lr"] == first["flags"]["lr"]
+    assert "before" not in first and last["command"] == "wombet.py --resume"
     kept = ("flags", "speed", "commit", "command", "versions", "machine")
     of_140 = {**last, "flags": {**last["flags"], "target_steps": 140}}
     assert last["before"] == [{key: of[key] for key in kept} for of in (first, of_140)]
