@@ -45,11 +45,11 @@ def build_parser():
     g.add_argument("--source-steps", type=count, default=50_000, help="environment steps in the source task")
     g.add_argument("--target-steps", type=count, default=25_000, help="environment steps in the target task")
     g.add_argument("--preset", choices=("paper",), help="paper: the literal method; flags given beside it win")
-    g.add_argument("--prior", **SWITCH, default=True, help="transfer; --no-prior: learn from scratch in the target")
+    g.add_argument("--prior", **SWITCH, default=True, help="transfer; --no-prior: from scratch, by agent flags alone")
     g.add_argument("--source-run", type=some_path, metavar="RUN_DIR", help="take its source phase")
 
     g = parser.add_argument_group("transfer (section 4.6)")
-    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys")
+    g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys; no model")
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
