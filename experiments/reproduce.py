@@ -519,8 +519,6 @@ def parse_args(argv):
         raise ValueError(f"--jobs {args.jobs}: at least 1")
     if min(args.seeds or [0]) < 0:
         raise ValueError(f"--seeds {min(args.seeds)}: at least 0")
-    if args.list and (args.again or args.slurm):
-        raise ValueError("--list runs nothing: leave --again and --slurm out")
     if args.slurm_args and not args.slurm:
         raise ValueError("--slurm-args needs --slurm")
     if "baselines" in args.topics and args.budget != "cpu":

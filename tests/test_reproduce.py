@@ -125,7 +125,6 @@ def test_the_readme_has_every_topic():
 
 @pytest.mark.parametrize("flags", [["figure"], ["fig2", "--jobs", "0"], ["fig2", "--only", "fig3/*"], ["fig2", "--x"],
                                    ["fig2", "--budget", "quick", "--out", "/dev/null"], ["fig2", "--seeds", "-1"],
-                                   ["fig2", "--list", "--again"], ["fig2", "--list", "--slurm"],
                                    ["fig2", "--list", "--slurm-args=--partition=gpu"],
                                    ["baselines", "--budget", "quick"]])
 def test_bad_input_is_one_line(flags, capsys):
