@@ -730,7 +730,7 @@ def catch_interrupts(run):
     run.interrupted = []  # the signals that came
     if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
         for name in SIGNALS:
-            if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+            if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(name, ask)
 
 

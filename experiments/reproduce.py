@@ -527,9 +527,10 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    for name in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: Slurm's time limit, a closed terminal leave checkpoints
-        if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(name, signal.default_int_handler)
+    # as Ctrl-C: Slurm's time limit and a terminal that closes leave checkpoints
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         args = parse_args(argv)
         b = SimpleNamespace(**BUDGETS[args.budget])

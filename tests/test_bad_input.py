@@ -680,13 +680,15 @@ def test_handlers_are_put_back(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-@pytest.mark.parametrize("before, stops", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
-def test_a_terminal_that_closes_stops_a_run_as_ctrl_c_does_but_for_nohup(before, stops):
+@pytest.mark.parametrize("number, before, stops", [
+    (signal.SIGHUP, signal.SIG_DFL, True), (signal.SIGHUP, signal.SIG_IGN, False), (signal.SIGINT, signal.SIG_IGN, True)])
+def test_what_stops_a_run(number, before, stops):
+    """A terminal that closes, but for nohup; SIGINT also where a script has started the run in the background."""
     run, handlers = SimpleNamespace(), [(name, signal.getsignal(name)) for name in harness.SIGNALS]
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(number, before)
     try:
         harness.catch_interrupts(run)
-        signal.raise_signal(signal.SIGHUP) if stops else os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(number)
         assert bool(run.interrupted) is stops
     finally:
         for name, handler in handlers:
