@@ -289,8 +289,6 @@ def other_flags(job, folder):
     sys.path[:0] = [place for place in places if place not in sys.path]
     from harness import as_flag, read_config
     then = read_config(ROOT / folder)["flags"]
-    if not then:
-        return []
     program = importlib.import_module(Path(job.script).stem)
     now = vars(getattr(program, "parse_args", program.build_parser().parse_args)(list(job.flags)))
     nothing = then.get("alpha_rule") == "fixed" and then["alpha"] == 0

@@ -45,7 +45,6 @@ if mode == "source":  # it goes on until the run that waits for source.pt has be
     (folder / "source.pt").touch()
     while not pathlib.Path(more[0]).exists():
         time.sleep(0.05)
-(folder / "config.json").write_text('{"flags": {}}')
 (folder / "progress.csv").write_text(mode)
 """
 
