@@ -6,8 +6,9 @@
     python experiments/reproduce.py fig5 --budget quick      a figure in minutes, to see that it works
 
 A run goes to runs/<topic>/<env>__<name>__<seed>/, with its output in <env>__<name>__<seed>.log beside it; as it ends,
-its config.json, progress.csv and model_error.csv are copied to results/<topic>/. Topics share runs: WOMBET itself is
-fig2's everywhere. Exit code 0: all done, 1: a run failed, 2: bad input, 130: interrupted.
+its config.json, progress.csv and model_error.csv are copied to results/<topic>/, and the first D_S that offline methods
+learn from. Topics share runs: WOMBET itself is fig2's everywhere. Exit code 0: all done, 1: a run failed, 2: bad input,
+130: interrupted.
 """
 
 import argparse
@@ -61,18 +62,20 @@ ON_D_S = {"iql": ("--no-scale-rewards",), ("combo", "Walker2d-v4"): ("--rollout-
 
 # folder: of the run below runs/<topic>/ and results/<topic>/. flags: of the command, with everything. result: the file
 # that says that it is done. needs: files of other runs without which it cannot start. base: a finished run, a copy of
-# which it continues (None: it starts from nothing)
-Job = namedtuple("Job", "topic folder script flags result needs base")
+# which it continues (None: it starts from nothing). kept: its files that go to results/
+KEPT = ("config.json", "model_error.csv", "progress.csv")
+Job = namedtuple("Job", "topic folder script flags result needs base kept", defaults=[KEPT])
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid
 
 
-def new_job(b, topic, script, env, name, seed, *flags, needs=(), base=None):
+def new_job(b, topic, script, env, name, seed, *flags, needs=(), base=None, kept=KEPT):
     folder = f"{env}__{name}__{seed}"
     if base is None:
         flags = ("--env", env, "--name", name, "--seed", seed, *flags, "--out", f"{b.runs}/{topic}")
-    return Job(topic, folder, script, tuple(map(str, flags)), f"{b.results}/{topic}/{folder}/progress.csv", needs, base)
+    result = f"{b.results}/{topic}/{folder}/progress.csv"
+    return Job(topic, folder, script, tuple(map(str, flags)), result, needs, base, kept)
 
 
 def run_dir(b, job):
@@ -87,7 +90,9 @@ def wombet(b, topic, name, env, seed, *flags, source=None):
     """WOMBET with those flags; source: the run whose source phase it takes."""
     flags = (*b.wombet, "--source-steps", b.source, "--target-steps", b.target, *flags)
     if source is None:
-        return new_job(b, topic, "wombet.py", env, name, seed, *flags)
+        # its first D_S is kept for the offline methods, so that they need no source phase
+        data = ("first_dataset.npz",) if env in b.pair and seed in b.few and topic in ("fig2", "shift") else ()
+        return new_job(b, topic, "wombet.py", env, name, seed, *flags, kept=(*data, *KEPT))
     return new_job(b, topic, "wombet.py", env, name, seed, *flags, "--source-run", run_dir(b, source),
                needs=(f"{run_dir(b, source)}/source.pt",))
 
@@ -147,14 +152,20 @@ def fig3(b):
     """Offline methods on WOMBET's first D_S alone."""
     for env in b.pair:
         yield from (default(b, env, seed) for seed in b.few)
-        for name in ("bc", "iql", "mopo", "cql", "combo"):
-            yield from (offline(b, "fig3", name, env, seed) for seed in b.few)
+        for method in OFFLINE:
+            yield from (offline(b, "fig3", method, method, default(b, env, seed)) for seed in b.few)
 
 
-def offline(b, topic, name, env, seed, *flags):
-    data = f"{run_dir(b, default(b, env, seed))}/first_dataset.npz"
-    slow, more = name in ("cql", "combo"), (*b.more.get(name, ()), *ON_D_S.get(name, ()), *ON_D_S.get((name, env), ()))
-    return new_job(b, topic, f"baselines/{name}.py", env, name, seed, "--dataset", data, "--offline-updates",
+OFFLINE = ("bc", "iql", "mopo", "cql", "combo")
+
+
+def offline(b, topic, name, method, source, *flags):
+    """An offline method on the first D_S of the run `source`."""
+    env, _, seed = source.folder.split("__")
+    data = str(Path(source.result).with_name("first_dataset.npz"))
+    slow = method in ("cql", "combo")
+    more = (*b.more.get(method, ()), *ON_D_S.get(method, ()), *ON_D_S.get((method, env), ()))
+    return new_job(b, topic, f"baselines/{method}.py", env, name, seed, "--dataset", data, "--offline-updates",
                b.slow_offline if slow else b.offline, *b.baseline, *more, *flags, needs=(data,))
 
 
@@ -168,7 +179,8 @@ def fig4(b):
             yield new_job(b, "fig4", job.script, env, name, seed, "--resume", f"{b.runs}/fig4/{job.folder}",
                       "--online-steps", b.target, needs=(f"{base}/done",), base=base)
     for env in b.pair:
-        yield from (offline(b, "fig4", "awac", env, seed, "--online-steps", b.target) for seed in b.few)
+        yield from (offline(b, "fig4", "awac", "awac", default(b, env, seed), "--online-steps", b.target)
+                    for seed in b.few)
 
 
 def fig5(b):
@@ -196,7 +208,7 @@ def preset(b):
 
 
 def shift(b):
-    """A source task further away: WOMBET and the control; from scratch is fig2's."""
+    """A source task further away: WOMBET, the control, and the offline methods on D_S; from scratch is fig2's."""
     for kind in ("backward", "stand"):
         for env in b.pair:
             for seed in b.few:
@@ -204,6 +216,7 @@ def shift(b):
                 yield source
                 yield wombet(b, "shift", f"{kind}-control", env, seed, "--source", kind, *NOTHING_IMAGINED,
                              source=source)
+                yield from (offline(b, "shift", f"{kind}-{method}", method, source) for method in OFFLINE)
     for env in b.pair:
         yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.few)
 
@@ -261,7 +274,8 @@ def missing(job):
 
 def owners(job, jobs, b):
     """Those of `jobs` that leave what this one still needs."""
-    return [other for other in jobs if any(str(Path(need).parent) == run_dir(b, other) for need in missing(job))]
+    folders = {str(Path(need).parent) for need in missing(job)}
+    return [other for other in jobs if folders & {run_dir(b, other), str(Path(other.result).parent)}]
 
 
 def to_do(jobs, again, b):
@@ -319,7 +333,8 @@ def forget(jobs, b):
         for job in jobs:
             folder = ROOT / run_dir(b, job)
             shutil.rmtree(folder, ignore_errors=True)
-            (ROOT / job.result).unlink(missing_ok=True)
+            for name in {*job.kept, Path(job.result).name}:
+                (ROOT / job.result).with_name(name).unlink(missing_ok=True)
             if (log := Path(f"{folder}.log")).exists():
                 os.truncate(log, 0)  # the file stays, for its lock is what keeps a second process away
 
@@ -346,7 +361,7 @@ def keep(job, b):
     """Copies what a finished run is kept by, progress.csv last."""
     folder = ROOT / run_dir(b, job)
     folder.mkdir(exist_ok=True)
-    for name in ("config.json", "model_error.csv", "progress.csv"):
+    for name in job.kept:
         if (folder / name).exists():
             (ROOT / job.result).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / name, (ROOT / job.result).parent)

@@ -82,12 +82,14 @@ def test_the_grid_is_the_issues():
     assert [count("before", name) for name in ("imagined", "real")] == [12, 12]
     assert [count("fig3", name) for name in ("bc", "iql", "cql", "mopo", "combo")] == [6] * 5
     assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
-    assert count("fig5", "half") == count("fig5", "tenth") == 12 and count("preset", "preset") == 12 and count("shift", "backward-control") == 6
+    assert count("fig5", "half") == count("fig5", "tenth") == 12 and count("preset", "preset") == 12
+    assert [count("shift", f"{kind}-{name}") for kind in ("backward", "stand") for name in ("control", "iql")] == [6] * 4
     assert [count("fig6", f"filter-{kind}") for kind in ("dual", "return", "uncertainty", "none")] == [12] * 4
     # what a run needs, a run before it leaves
     for i, job in enumerate(jobs):
-        assert all(any(need.startswith(f"runs/{other.topic}/{other.folder}/") for other in jobs[:i])
-                   for need in job.needs)
+        left = {f"runs/{other.topic}/{other.folder}/{name}" for other in jobs[:i] for name in ("source.pt", "done")}
+        left |= {str(Path(other.result).with_name(name)) for other in jobs[:i] for name in other.kept}
+        assert left.issuperset(job.needs)
     paper = reproduce.grid(budget("paper"), ["fig2"])
     assert len([job for job in paper if "__sac__" in job.folder]) == 6 * 5
 
@@ -167,6 +169,21 @@ def test_a_source_phase_is_waited_for_but_not_the_run_that_leaves_it(stubs, caps
     stubs(b=("ok", ["a"]), a=("source", []))
     assert stubs.run("--jobs", "2") == 0  # a ends once b has begun
     assert stubs.said("a") == "source" and stubs.said("b") == "ok"
+
+
+def test_an_offline_method_learns_from_the_data_in_results(tmp_path, monkeypatch, capsys):
+    """So the run that imagined them need not be made again; --again takes them away."""
+    monkeypatch.setattr(reproduce, "start", lambda job, b: started.append(reproduce.title(job)))
+    source, method = "shift/Hopper-v4__backward__0", "shift/Hopper-v4__backward-bc__0"
+    folder = tmp_path / "results" / source
+    run = lambda *flags: reproduce.main(["shift", "--budget", "quick", "--out", str(tmp_path), "--jobs", "1", *flags])
+    for files, first in (((), source), (("progress.csv",), source), (("progress.csv", "first_dataset.npz"), method)):
+        started = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (folder / name).touch()
+        assert run("--only", source, method) == 1 and started[0] == first, files
+    assert run("--only", source, "--again") == 1 and not any(folder.iterdir())
 
 
 def test_done_is_skipped_and_named_until_again(stubs, tmp_path, capsys):
