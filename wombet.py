@@ -156,12 +156,12 @@ def check_args(args):
                       ("horizon", "imagined_length"), ("replan_every", "horizon")):
         require(vars(args)[low] <= vars(args)[high], f"{as_flag(low, vars(args)[low])} is above "
                 f"{as_flag(high, vars(args)[high])}")
-    by_policy = args.imagine_every and args.imagine_with == "policy"
-    for n, length, used in (("imagined_trajectories", "imagined_length", args.prior and not args.offline_data),
-                            ("rollouts", "rollout_length", by_policy)):
+    learns_source = args.prior and not args.offline_data
+    rounds = args.imagine_every and args.imagine_with == "policy"
+    for n, length, used in (("imagined_trajectories", "imagined_length", True), ("rollouts", "rollout_length", rounds)):
         number, steps = vars(args)[n], vars(args)[length]
-        require(not used or number * steps <= args.offline_capacity, f"--offline-capacity {args.offline_capacity} does "
-                f"not hold a round of {as_flag(n, number)} times {as_flag(length, steps)}")
+        require(not learns_source or not used or number * steps <= args.offline_capacity, f"--offline-capacity "
+                f"{args.offline_capacity} does not hold a round of {as_flag(n, number)} times {as_flag(length, steps)}")
     where = "source_steps" if args.prior else "target_steps"
     require(args.offline_data or args.source_run or args.random_steps < vars(args)[where], f"--random-steps "
             f"{args.random_steps} leaves none of {as_flag(where, vars(args)[where])} to learn in")
@@ -170,7 +170,7 @@ def check_args(args):
     data = args.alpha_rule == "adaptive" or args.alpha or args.keep_source_data and not args.offline_data
     require(not args.pretrain_updates or args.prior and data, "--pretrain-updates needs data before the first target "
             "step: imagined, of the source, or a file's")
-    unused = "" if args.prior and not args.offline_data else source_flags(args)
+    unused = "" if learns_source else source_flags(args)
     require(not unused, f"{unused}: there is no source task with --no-prior or --offline-data")
 
 
