@@ -551,8 +551,9 @@ def save_dataset(buffer, path):
 def load_dataset(path, device="cpu", action_scale=None, **shapes):
     """A full ReplayBuffer from an .npz file; ValueError where it is missing, foreign, damaged or not what it should be.
 
-    Rows that hold no next observation are left out, and counted on stdout: an episode's last, where the file has no
-    next_observations or has the next episode's first observation there (D4RL's known fault at timeouts).
+    A row may hold no next observation: an episode's last, where the file has no next_observations or has the next
+    episode's first observation there (D4RL's known fault at timeouts). A terminal one keeps its own observation there,
+    for no critic's target needs another; the others are left out. Both are counted on stdout.
 
     action_scale: half the width of the environment's raw actions, which the message for too large ones names.
     """
@@ -584,12 +585,15 @@ def load_dataset(path, device="cpu", action_scale=None, **shapes):
     follows = np.append((arrays["next_obs"][:-1] == arrays["obs"][1:]).all(1), derived)
     unknown = ends & follows
     unknown[-1] |= derived
+    fallen = unknown & (arrays["terminated"] > 0)
+    arrays["next_obs"][fallen], unknown[fallen] = arrays["obs"][fallen], False
+    if fallen.any():
+        say(f"{path}: of {fallen.sum():,} terminal rows the next observation is not known; no critic needs it")
     if unknown.any():
         require(not unknown.all(), f"{path}: no row holds its next observation")
         last = np.append(unknown[1:], False) & ~ends  # what is then the last row of its episode
         arrays["timeout"] = np.maximum(arrays["timeout"], last)
-        say(f"{path}: {unknown.sum():,} of {n:,} rows left out ({arrays['terminated'][unknown].sum():,.0f} of them "
-            "terminal): at an episode's end "
+        say(f"{path}: {unknown.sum():,} of {n:,} rows left out: at an episode's end "
             + ("there is no next observation" if derived else "their next observation is the next episode's first"))
     buffer = ReplayBuffer(int((~unknown).sum()), device, **shapes)
     buffer.add(**{key: arrays[key][~unknown] for key in shapes})

@@ -44,9 +44,12 @@ class Imagination:
 
     def fit(self, buffer, note):
         data = buffer.filled()
+        # a file may not tell where a fall ended: `load_dataset` puts the observation itself there
+        known = (data["next_obs"] != data["obs"]).any(1)
+        data = {key: values[known] for key, values in data.items()}
         result = self.model.fit(data["obs"], data["action"], data["next_obs"], data["reward"][:, None],
                                 **self.fit_kwargs)
-        note(f"model fit on {buffer.size:,} transitions: {result['epochs']} epochs, holdout MSE "
+        note(f"model fit on {known.sum():,} transitions: {result['epochs']} epochs, holdout MSE "
              f"{result['holdout_mse']:.4f} of the variance")
         return {"model_holdout_mse": result["holdout_mse"]}
 

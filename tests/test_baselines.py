@@ -361,6 +361,14 @@ def test_mopo_and_combo_mix_data_and_imagined_steps():
     assert agent.updates == 1
 
 
+def test_a_fall_whose_end_the_file_does_not_tell_is_not_fit(monkeypatch):
+    buffer, model = filled(obs_dim=1), constant_model([[0.1, 1.0]] * 2)
+    buffer.data["next_obs"][3] = buffer.data["obs"][3]
+    monkeypatch.setattr(model, "fit", lambda obs, *_: dict(epochs=1, holdout_mse=float(len(obs))))
+    left = Imagination(model, lambda obs: obs[:, 0] > 99, **SHORT).fit(buffer, lambda text: None)
+    assert left["model_holdout_mse"] == buffer.size - 1
+
+
 def test_combo_pushes_data_up_and_the_mix_down(monkeypatch):
     """The gap is the mix's log integral less Q on the data rows alone."""
     imagination = Imagination(constant_model([[0.1, 1.0]] * 2), lambda obs: obs[:, 0] > 99, **SHORT)
