@@ -160,9 +160,10 @@ OFFLINE = ("bc", "iql", "mopo", "cql", "combo")
 
 
 def offline(b, topic, name, method, source, *flags):
-    """An offline method on the first D_S of the run `source`."""
+    """An offline method on the first D_S of the run `source`: as results/ has it, so that no source phase is needed."""
     env, _, seed = source.folder.split("__")
     data = str(Path(source.result).with_name("first_dataset.npz"))
+    data = data if (ROOT / data).exists() else f"{run_dir(b, source)}/first_dataset.npz"
     slow = method in ("cql", "combo")
     more = (*b.more.get(method, ()), *ON_D_S.get(method, ()), *ON_D_S.get((method, env), ()))
     return new_job(b, topic, f"baselines/{method}.py", env, name, seed, "--dataset", data, "--offline-updates",
@@ -278,10 +279,11 @@ def owners(job, jobs, b):
     return [other for other in jobs if folders & {run_dir(b, other), str(Path(other.result).parent)}]
 
 
-def to_do(jobs, again, b):
-    """The jobs that results/ has not, those of `again`, and those that leave what these need, as where runs/ was
-    deleted."""
-    pending = [job for job in jobs if job in again or not (ROOT / job.result).exists()]
+def to_do(jobs, again, fill_runs, b):
+    """The jobs that results/ has not (fill_runs: or runs/), those of `again`, and those that leave what these need, as
+    where runs/ was deleted."""
+    pending = [job for job in jobs if job in again or not (ROOT / job.result).exists()
+               or fill_runs and not (ROOT / run_dir(b, job) / "done").exists()]
     for job in pending:  # it grows
         pending += [other for other in owners(job, jobs, b) if other not in pending]
     return [job for job in jobs if job in pending]
@@ -358,11 +360,11 @@ def start(job, b):
 
 
 def keep(job, b):
-    """Copies what a finished run is kept by, progress.csv last."""
-    folder = ROOT / run_dir(b, job)
+    """Copies what a finished run is kept by, progress.csv last; not over a result, which other runs compare with."""
+    folder, again = ROOT / run_dir(b, job), (ROOT / job.result).exists()
     folder.mkdir(exist_ok=True)
     for name in job.kept:
-        if (folder / name).exists():
+        if (folder / name).exists() and not again:
             (ROOT / job.result).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / name, (ROOT / job.result).parent)
     (folder / "done").touch()
@@ -483,7 +485,7 @@ def submit(jobs, b, args):
     for job in jobs:  # what another needs comes before it
         stages[job] = 1 + max((stages[other] for other in owners(job, stages, b)), default=-1)
     (ROOT / b.runs / "slurm").mkdir(parents=True, exist_ok=True)
-    again = [*args.topics, "--budget", args.budget, "--jobs", "1", "--out", str(b.out)]
+    again = [*args.topics, "--budget", args.budget, "--jobs", "1", "--fill-runs", "--out", str(b.out)]
     if args.seeds:
         again += ["--seeds", *map(str, args.seeds)]
     before = None
@@ -518,6 +520,8 @@ def parse_args(argv):
     parser.add_argument("--list", action="store_true", help="print the commands, one a line, and run nothing")
     parser.add_argument("--again", action="store_true", help="run anew what is there: first deletes what runs/ and "
                         "results/ have of these topics (of an interrupted one: go on without --again)")
+    parser.add_argument("--fill-runs", action="store_true", help="run also what results/ has and runs/ has not, as "
+                        "after a clone, for its checkpoints; results/ stays as it is")
     parser.add_argument("--slurm", action="store_true", help="submit the runs to Slurm as job arrays")
     parser.add_argument("--slurm-args", default="", metavar="'ARGS'", help="of sbatch: --slurm-args='--time=12:00:00'")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where runs/ and results/ lie (default: the "
@@ -559,7 +563,7 @@ def main(argv=None):
             print("\n".join(map(command, jobs)))
             return 0
         again = [job for job in jobs if args.again and job.topic in (ALL if "all" in args.topics else args.topics)]
-        pending = to_do(jobs, again, b)
+        pending = to_do(jobs, again, args.fill_runs, b)
         skipped = [job for job in jobs if job not in pending]
         for job in skipped:
             other = other_flags(job, Path(job.result).parent)
@@ -568,6 +572,8 @@ def main(argv=None):
         if skipped:
             print(f"{len(skipped)} skipped; --again runs them anew")
         for job in pending:
+            if job not in again and (ROOT / job.result).exists():
+                print(f"made again in {run_dir(b, job)}, which is gone; {Path(job.result).parent} stays as it is")
             other = [] if job in again else other_flags(job, run_dir(b, job))
             if other and (ROOT / run_dir(b, job) / "checkpoint.pt").exists():
                 raise ValueError(f"{run_dir(b, job)} was begun with {', '.join(other)}, which is not what its command "

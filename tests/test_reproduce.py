@@ -87,7 +87,8 @@ def test_the_grid_is_the_issues():
     assert [count("fig6", f"filter-{kind}") for kind in ("dual", "return", "uncertainty", "none")] == [12] * 4
     # what a run needs, a run before it leaves
     for i, job in enumerate(jobs):
-        left = {f"runs/{other.topic}/{other.folder}/{name}" for other in jobs[:i] for name in ("source.pt", "done")}
+        left = {f"runs/{other.topic}/{other.folder}/{name}" for other in jobs[:i]
+                for name in ("source.pt", "first_dataset.npz", "done")}
         left |= {str(Path(other.result).with_name(name)) for other in jobs[:i] for name in other.kept}
         assert left.issuperset(job.needs)
     paper = reproduce.grid(budget("paper"), ["fig2"])
@@ -239,13 +240,17 @@ def test_what_was_begun_with_other_flags_does_not_go_on(tmp_path, monkeypatch, c
     assert (folder / "checkpoint.pt").exists() and not (tmp_path / "results").exists()
 
 
-def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path):
+def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path, capsys):
     stubs(a=("source", []), b=("ok", ["a"]), c=("ok", []))
     for name in ("a", "c"):  # as in a fresh clone: results/ has them, runs/ is empty
         (tmp_path / "results" / "t" / name).mkdir(parents=True)
         (tmp_path / "results" / "t" / name / "progress.csv").write_text("kept")
     assert stubs.run("--jobs", "2") == 0
-    assert [stubs.said(name) for name in "abc"] == ["source", "ok", "kept"]
+    assert [stubs.said(name) for name in "abc"] == ["kept", "ok", "kept"]  # what others compare with stays
+    assert "made again in " in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "t" / "c").exists()
+    assert stubs.run("--only", "t/c", "--fill-runs") == 0  # as a task of Slurm asks for a source phase alone
+    assert (tmp_path / "runs" / "t" / "c" / "done").exists() and stubs.said("c") == "kept"
 
 
 def test_interrupted_goes_on(stubs, tmp_path, capsys):
@@ -343,7 +348,7 @@ def test_slurm_gets_one_array_a_stage(tmp_path, monkeypatch, capsys):
     assert "--array=0-1" in first and not any("dependency" in flag for flag in first) and "--time=1:00:00" in first
     assert "--array=0-0" in second and "--dependency=afterany:1" in second
     script = (tmp_path / "bin" / "script3").read_text()
-    assert "names=(control/Hopper-v4__control__0)" in script and "--budget quick" in script
+    assert "names=(control/Hopper-v4__control__0)" in script and "--budget quick" in script and "--fill-runs" in script
     assert "job array 1: 2 runs" in capsys.readouterr().out
 
 
