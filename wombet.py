@@ -56,9 +56,9 @@ def build_parser():
                    "step; --eval-every and --checkpoint-every count these there, --imagine-every the actor's")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
-    g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="alpha = clip(gain * TD error, min, max)")
-    g.add_argument("--alpha-min", type=fraction, default=0.05, help="lower end of alpha")
-    g.add_argument("--alpha-max", type=fraction, default=0.5, help="upper end of alpha")
+    g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="adaptive: clip(gain * TD error, min, max)")
+    g.add_argument("--alpha-min", type=fraction, default=0.05, help="lower end of the adaptive alpha")
+    g.add_argument("--alpha-max", type=fraction, default=0.5, help="upper end of the adaptive alpha")
     g.add_argument("--alpha-ema", type=fraction, default=0.005, help="rate of the TD error's running mean, per step")
     g.add_argument("--td-error", default="absolute", choices=("absolute", "signed"), help="signed: the paper's formula")
 
@@ -156,18 +156,18 @@ def check_args(args):
                       ("horizon", "imagined_length"), ("replan_every", "horizon")):
         require(vars(args)[low] <= vars(args)[high], f"{as_flag(low, vars(args)[low])} is above "
                 f"{as_flag(high, vars(args)[high])}")
-    learns_source = args.prior and not args.offline_data
+    learns_source, mixes = args.prior and not args.offline_data, args.alpha_rule == "adaptive" or args.alpha > 0
     rounds = args.imagine_every and args.imagine_with == "policy"
     for n, length, used in (("imagined_trajectories", "imagined_length", True), ("rollouts", "rollout_length", rounds)):
-        number, steps = vars(args)[n], vars(args)[length]
-        require(not learns_source or not used or number * steps <= args.offline_capacity, f"--offline-capacity "
-                f"{args.offline_capacity} does not hold a round of {as_flag(n, number)} times {as_flag(length, steps)}")
+        size, steps = vars(args)[n], vars(args)[length]
+        require(not (learns_source and mixes and used) or size * steps <= args.offline_capacity,
+                f"--offline-capacity {args.offline_capacity} is below {as_flag(n, size)} x {as_flag(length, steps)}")
     where = "source_steps" if args.prior else "target_steps"
     require(args.offline_data or args.source_run or args.random_steps < vars(args)[where], f"--random-steps "
             f"{args.random_steps} leaves none of {as_flag(where, vars(args)[where])} to learn in")
     require([not args.prior, bool(args.offline_data), bool(args.source_run)].count(True) < 2,
             "give one of --no-prior, --offline-data and --source-run")
-    data = args.alpha_rule == "adaptive" or args.alpha or args.keep_source_data and not args.offline_data
+    data = mixes or args.keep_source_data and not args.offline_data
     require(not args.pretrain_updates or args.prior and data, "--pretrain-updates needs data before the first target "
             "step: imagined, of the source, or a file's")
     unused = "" if learns_source else source_flags(args)

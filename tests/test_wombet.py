@@ -719,7 +719,7 @@ def test_preset_paper(base, tmp_path):
     plain = vars(wombet.parse_args([]))
     assert all(plain[key] != value for key, value in wombet.PAPER.items())  # each is a departure
     wombet.parse_args(["--preset", "paper", "--offline-capacity", "13000", "--rollouts", "9000"])  # which are not made
-    for without in (["--no-prior"], ["--offline-data", "a.npz"]):
+    for without in (["--no-prior"], ["--offline-data", "a.npz"], ["--alpha-rule", "fixed", "--alpha", "0"]):
         wombet.parse_args([*without, "--imagined-trajectories", "9000", "--rollouts", "90000"])
     assert run(tmp_path, "--preset", "paper", "--imagined-length", "16", "--offline-capacity", "300")[0] == 0
 
