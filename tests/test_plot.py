@@ -410,6 +410,7 @@ def test_summary(tmp_path, published):
     write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="scratch")
     for name in ("stand", "stand-control"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
+    write_run(tmp_path / "shift", [10000], [1], name="stand-bc", phase="offline")
     write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
     for seed in range(2):
         write_run(tmp_path / "control", [0, 2500, 5000], [1, 7, 10], name="control", seed=seed, length_mean=[9, 9, 31])
@@ -452,10 +453,11 @@ def test_summary(tmp_path, published):
     offline = [key for key in found if key[1] == "offline" and "iql@" in key[4]]
     assert [key[3:] for key in offline] == [("wombet", "probability of improvement on iql@10000", "5000"),
                                             ("wombet", "steps to reach iql@10000", "5000")]
-    # with another source task each group has its own control
-    assert {key[3:5] for key in found if key[0] == "shift" and "improvement" in key[4]} == {
-        ("stand", "probability of improvement on stand-control@5000"),
-        ("stand", "probability of improvement on scratch@5000")}
+    # with another source task each group has its own control, and its own offline methods
+    assert {(key[1], *key[3:5]) for key in found if key[0] == "shift" and "improvement" in key[4]} == {
+        ("target", "stand", "probability of improvement on stand-control@5000"),
+        ("target", "stand", "probability of improvement on scratch@5000"),
+        ("offline", "stand", "probability of improvement on stand-bc@10000")}
     before = (tmp_path / "summary.csv").read_text()
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
     assert (tmp_path / "summary.csv").read_text() == before
