@@ -209,7 +209,7 @@ def preset(b):
 
 
 def shift(b):
-    """A source task further away: WOMBET, the control, and the offline methods on D_S; from scratch is fig2's."""
+    """A source task further away: WOMBET, the control, a new agent, and the offline methods on D_S; scratch: fig2's."""
     for kind in ("backward", "stand"):
         for env in b.pair:
             for seed in b.few:
@@ -217,6 +217,7 @@ def shift(b):
                 yield source
                 yield wombet(b, "shift", f"{kind}-control", env, seed, "--source", kind, *NOTHING_IMAGINED,
                              source=source)
+                yield wombet(b, "shift", f"{kind}-new", env, seed, "--source", kind, "--no-warm-start", source=source)
                 yield from (offline(b, "shift", f"{kind}-{method}", method, source) for method in OFFLINE)
     for env in b.pair:
         yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.few)
