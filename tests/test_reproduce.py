@@ -324,7 +324,7 @@ def test_one_figure_quickly(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     kept = tmp_path / "results"
     assert {path.name for path in (kept / "fig2" / "Hopper-v4__wombet__0").iterdir()} == {
-        "config.json", "progress.csv", "model_error.csv"}
+        "config.json", "progress.csv", "model_error.csv", "first_dataset.npz"}
     with open(kept / "fig4" / "Hopper-v4__bc__0" / "progress.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["phase"] for row in rows} == {"offline", "target"} and rows[-1]["env_steps"] == "200"
