@@ -46,9 +46,8 @@ class Imagination:
         data = buffer.filled()
         # a file may not tell where a fall ended: `load_dataset` puts the observation itself there
         known = (data["next_obs"] != data["obs"]).any(1)
-        data = {key: values[known] for key, values in data.items()}
-        result = self.model.fit(data["obs"], data["action"], data["next_obs"], data["reward"][:, None],
-                                **self.fit_kwargs)
+        obs, action, next_obs, reward = (data[key][known] for key in ("obs", "action", "next_obs", "reward"))
+        result = self.model.fit(obs, action, next_obs, reward[:, None], **self.fit_kwargs)
         note(f"model fit on {known.sum():,} transitions: {result['epochs']} epochs, holdout MSE "
              f"{result['holdout_mse']:.4f} of the variance")
         return {"model_holdout_mse": result["holdout_mse"]}

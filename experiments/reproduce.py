@@ -60,10 +60,11 @@ BUDGETS = {
 # episodes, which D_S has not: its trajectories are cut. COMBO's rollouts: OfflineRL-Kit's for that environment
 ON_D_S = {"iql": ("--no-scale-rewards",), ("combo", "Walker2d-v4"): ("--rollout-length", 1)}
 
+KEPT = ("config.json", "model_error.csv", "progress.csv")  # progress.csv last: it says that a run is done
+
 # folder: of the run below runs/<topic>/ and results/<topic>/. flags: of the command, with everything. result: the file
 # that says that it is done. needs: files of other runs without which it cannot start. base: a finished run, a copy of
 # which it continues (None: it starts from nothing). kept: its files that go to results/
-KEPT = ("config.json", "model_error.csv", "progress.csv")
 Job = namedtuple("Job", "topic folder script flags result needs base kept", defaults=[KEPT])
 
 
@@ -362,10 +363,10 @@ def start(job, b):
 
 def keep(job, b):
     """Copies what a finished run is kept by, progress.csv last; not over a result, which other runs compare with."""
-    folder, again = ROOT / run_dir(b, job), (ROOT / job.result).exists()
+    folder = ROOT / run_dir(b, job)
     folder.mkdir(exist_ok=True)
-    for name in job.kept:
-        if (folder / name).exists() and not again:
+    for name in () if (ROOT / job.result).exists() else job.kept:
+        if (folder / name).exists():
             (ROOT / job.result).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / name, (ROOT / job.result).parent)
     (folder / "done").touch()
