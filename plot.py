@@ -501,7 +501,8 @@ def summarise(args):
     """Every number of the topics (folders of run folders) in or among args.folders -> rows, a header first.
 
     WOMBET is compared with every other group of a topic, and is fig2's where the topic has none; in the topic shift,
-    where each group has a source task of its own, with those named <group>-… and with fig2's scratch.
+    where each group has a source task of its own, <source> and <source>-new with those named <source>-…, and all with
+    fig2's scratch.
     """
     scale = args.normalise or "td3-1m"
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
@@ -531,7 +532,7 @@ def summarise(args):
             known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
             pairs = [("wombet", label) for label in labels] if topic != "shift" else [
                 (name, rival) for name in found[topic, "target"].get(env, {}) for rival in (*labels, "scratch")
-                if rival.startswith(f"{name}-") or rival == "scratch" and phase == "target" and "-" not in name]
+                if rival.startswith(f"{name.removesuffix('-new')}-") or rival == "scratch" and phase == "target"]
             for name, rival in pairs:
                 for column in ("normalised" if "+" in env else "return_mean", "length_mean"):
                     ours, theirs = known.get(name, {}).get(column), {**known, **labels}.get(rival, {}).get(column)

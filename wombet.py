@@ -5,9 +5,9 @@
 1. Source    an agent learns in the source task; its real transitions train a probabilistic ensemble (section 4.1).
 2. Generate  uncertainty-penalised MPC acts inside that model (eqs. 1 to 5); what passes the dual filter (eq. 6) is
              relabelled with the target's reward: the first D_S (section 4.3).
-3. Target    the source's agent goes on learning online, from alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6).
-             Every --imagine-every steps it is rolled out in the model under the target's reward, and D_S keeps the
-             newest; every --refit-every steps the model is refit on all real data.
+3. Target    the source's agent, or a new one if that is of no use there, learns online from alpha D_S + (1 - alpha)
+             real data (sections 4.4 to 4.6). Every --imagine-every steps it is rolled out in the model under the
+             target's reward, and D_S keeps the newest; every --refit-every steps the model is refit on all real data.
 
 The maths is in tasks.py, world_model.py, mpc.py, filter.py, replay.py and agent.py; this file wires them. What it
 shares with the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
@@ -50,7 +50,7 @@ def build_parser():
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys; no model")
-    g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
+    g.add_argument("--warm-start", **SWITCH, default=None, help="the source's agent goes on; unless given: if it helps")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
                    "step; --eval-every and --checkpoint-every count these there, --imagine-every the actor's")
@@ -64,8 +64,7 @@ def build_parser():
 
     g = parser.add_argument_group("imagining in the target task (sections 4.1 and 4.3)")
     g.add_argument("--imagine-every", type=amount, default=250, help="target steps between rounds; 0: the first alone")
-    g.add_argument("--imagine-with", default="policy", choices=("policy", "mpc"), help="policy: the present agent, "
-                   "under the target's reward; mpc: as the first D_S")
+    g.add_argument("--imagine-with", default="policy", choices=("policy", "mpc"), help="mpc: as the first D_S")
     g.add_argument("--rollouts", type=count, default=2000, help="the policy's rollouts in a round")
     g.add_argument("--rollout-length", type=count, default=5, help="their length, steps")
     g.add_argument("--offline-capacity", type=count, default=50_000, help="transitions in D_S, which keeps the newest")
@@ -95,8 +94,7 @@ def build_parser():
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
     g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
-    g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
-                   "moves a candidate, or each member does and returns are averaged")
+    g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1: by the mean, or by each")
     g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
     g.add_argument("--plan-penalty-coef", type=nonnegative, default=4.0, help="lambda of eqs. 3 to 5")
@@ -254,16 +252,13 @@ RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse")
 
 def state_dict(run):
     """The whole run as tensors and plain values."""
-    state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, "mix": run.mix.state_dict(),
-             **log_and_generators(run)}
+    state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, **log_and_generators(run)}
     for name in ("source", "target"):
         if (side := getattr(run, name)) is not None:
             state[name] = {part: getattr(side, part).state_dict() for part in ("env", "agent", "buffer")}
             state[name].update({key: getattr(side, key) for key in SIDE_VALUES})
-    for name in ("model", "offline_data"):
-        if (part := getattr(run, name)) is not None:
-            state[name] = part.state_dict()
-    return state
+    parts = {name: getattr(run, name) for name in ("model", "offline_data", "mix")}
+    return {**state, **{name: part.state_dict() for name, part in parts.items() if part is not None}}
 
 
 def load_side(side, state):
@@ -346,7 +341,6 @@ def learn(run, name):
         if name == "target" and side.step:
             if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
                 fit(run, args.refit_epochs)
-                refresh_uncertainty(run)
             imagine_round(run, side.step)
         obs = env.reset() if env.obs is None else env.obs
         acts_randomly = from_scratch and side.step < args.random_steps
@@ -368,7 +362,7 @@ def learn(run, name):
 
 def keep_best(run):
     """Keeps a copy of the source agent when its recent training episodes return more than at any time before."""
-    mean = recent_return(run.source.buffer, run.args.snapshot_window)
+    mean = recent_return(run.source.buffer.filled(), run.args.snapshot_window)
     if run.best is None or mean > run.best["return"]:
         run.best = {"return": mean, "step": run.source.step, "agent": copy.deepcopy(run.source.agent.state_dict())}
 
@@ -381,6 +375,23 @@ def choose_best(run):
         run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
                      f"{run.best['return']:.1f}")
         run.best = None
+
+
+def cross(run):
+    """What of the source goes on in the target task: its real data, relabelled, and its agent."""
+    args, data = run.args, relabel(run.source.buffer.filled(), run.target.env.task.reward)
+    if args.keep_source_data:
+        # Deviation 10: the dynamics are shared, so real source data are as true as D_T's, and train with them
+        run.target.buffer.add(**data)
+    warm = args.warm_start
+    if warm is None:  # if its last training episodes return more there than the first, of random actions
+        last, random = (recent_return(data, args.random_steps, end) for end in (None, args.random_steps))
+        warm = not last <= random  # also where one of them is nan, for no episode ended
+        run.log.note(f"target  {'the source agent goes on' if warm else 'a new agent starts'}: the source's last "
+                     f"episodes return {last:.1f} under this task's reward, its first, of random actions, {random:.1f}")
+    if warm:
+        # Deviation 11: the paper plans without a policy and learns one in the target task alone
+        run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
 
 
 def update(run, side):
@@ -413,20 +424,21 @@ def pretrain(run):
 
 
 def fit(run, epochs):
-    """Fits the model (section 4.1) on all real data: the source's and, later, D_T."""
+    """Fits the model (section 4.1) on all real data, the source's and, later, D_T; u of D_S is then the new model's."""
     args, began = run.args, time.time()
     # rows are only ever appended, so that what the fit holds out stays held out
-    target, imagined = run.target.buffer.filled(), []
+    target, d_s, imagined = run.target.buffer.filled(), run.offline_data.filled(), []
     parts = [run.source.buffer.filled(), {key: values[run.pooled:] for key, values in target.items()}]
     if args.refit_on_imagined and run.phase == "target":
         # Deviation 9: the paper's D is D_S and D_T; the default leaves out what the model itself has imagined
-        parts, imagined = [target], [run.offline_data.filled()]
+        parts, imagined = [target], [d_s]
     n_real = sum(len(part["obs"]) for part in parts)
     columns = {k: torch.cat([part[k] for part in parts + imagined]) for k in ("obs", "action", "next_obs", "features")}
     rows = torch.arange(len(columns["obs"]), device=args.device)
     result = run.model.fit(**columns, held_out=(rows % 10 == 0) & (rows < n_real), lr=args.model_lr,
                            batch_size=args.model_batch_size, max_epochs=epochs)
-    run.holdout_mse = result["holdout_mse"]
+    run.holdout_mse, chunks = result["holdout_mse"], zip(d_s["obs"].split(8192), d_s["action"].split(8192))
+    d_s["uncertainty"][:] = torch.cat([run.model.uncertainty(*chunk) for chunk in chunks])
     pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
     np.savetxt(run.dir / "model_error.csv", pairs, "%.5g", ",", header="u,error", comments="")
     run.log.note(f"model   fit on {len(rows):,} transitions: {result['epochs']} epochs, holdout MSE "
@@ -519,13 +531,6 @@ def imagine_mpc(run):
     return imagine(run.model.step, source.env.task.terminated, planner(run).act, starts, length, trust_limit(run))
 
 
-def refresh_uncertainty(run):
-    """u of all of D_S, by the model as it is now."""
-    data = run.offline_data.filled()
-    chunks = zip(data["obs"].split(8192), data["action"].split(8192))
-    data["uncertainty"][:] = torch.cat([run.model.uncertainty(*chunk) for chunk in chunks])
-
-
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
@@ -560,12 +565,7 @@ def train(args):
         if imagines(run):
             generate(run)
             save_dataset(run.offline_data, run.dir / "first_dataset.npz")
-        if args.keep_source_data:
-            # Deviation 10: the dynamics are shared, so real source data are as true as D_T's, and train with them
-            run.target.buffer.add(**relabel(run.source.buffer.filled(), run.target.env.task.reward))
-        if args.warm_start:
-            # Deviation 11: the paper plans without a policy and learns one in the target task alone
-            run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
+        cross(run)
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
     if run.phase == "switch":

@@ -118,13 +118,15 @@ def control(b):
         yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
 
 
+# what crosses to a new agent: what is imagined (the paper's transfer; all that it has, so it takes more), or real data
+ALONE = {"model": ("--no-keep-source-data", "--alpha-gain", 0.3), "data": NOTHING_IMAGINED}
+
+
 def parts(b):
-    """A new agent in the target task, given what is imagined alone (the paper's transfer), or the real data alone."""
+    """A new agent in the target task, given what is imagined alone, or the real data alone."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
-        # D_S is all that the first has, so it takes more of it
-        model = ("--no-keep-source-data", "--alpha-gain", 0.3)
-        for name, flags in {"model": model, "data": NOTHING_IMAGINED}.items():
+        for name, flags in ALONE.items():
             yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *flags) for seed in b.few)
 
 
@@ -210,16 +212,19 @@ def preset(b):
 
 
 def shift(b):
-    """A source task further away: WOMBET, the control, a new agent, and the offline methods on D_S; scratch: fig2's."""
+    """A source task further away: the source's agent with imagination and without, a new agent given both kinds of
+    data, imagined alone, or real alone; figures 3 and 4, in one run a method; scratch: fig2's."""
+    others = {"control": ("--warm-start", *NOTHING_IMAGINED), "new": ("--no-warm-start",),
+              **{f"new-{name}": ("--no-warm-start", *flags) for name, flags in ALONE.items()}}
     for kind in ("backward", "stand"):
         for env in b.pair:
             for seed in b.few:
-                source = wombet(b, "shift", kind, env, seed, "--source", kind)
+                source = wombet(b, "shift", kind, env, seed, "--source", kind, "--warm-start")
                 yield source
-                yield wombet(b, "shift", f"{kind}-control", env, seed, "--source", kind, *NOTHING_IMAGINED,
-                             source=source)
-                yield wombet(b, "shift", f"{kind}-new", env, seed, "--source", kind, "--no-warm-start", source=source)
-                yield from (offline(b, "shift", f"{kind}-{method}", method, source) for method in OFFLINE)
+                yield from (wombet(b, "shift", f"{kind}-{name}", env, seed, "--source", kind, *flags, source=source)
+                            for name, flags in others.items())
+                yield from (offline(b, "shift", f"{kind}-{method}", method, source, "--online-steps", b.target)
+                            for method in (*OFFLINE, "awac"))
     for env in b.pair:
         yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.few)
 

@@ -408,7 +408,7 @@ def test_summary(tmp_path, published):
                       q_error=[3, 2, 1], length_mean=[9, 10 + seed, 20])
             write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
     write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="scratch")
-    for name in ("stand", "stand-control"):
+    for name in ("stand", "stand-new", "stand-new-data"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "shift", [10000], [1], name="stand-bc", phase="offline")
     write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
@@ -455,9 +455,13 @@ def test_summary(tmp_path, published):
                                             ("wombet", "steps to reach iql@10000", "5000")]
     # with another source task each group has its own control, and its own offline methods
     assert {(key[1], *key[3:5]) for key in found if key[0] == "shift" and "improvement" in key[4]} == {
-        ("target", "stand", "probability of improvement on stand-control@5000"),
-        ("target", "stand", "probability of improvement on scratch@5000"),
-        ("offline", "stand", "probability of improvement on stand-bc@10000")}
+        *(("target", name, "probability of improvement on scratch@5000")
+          for name in ("stand", "stand-new", "stand-new-data")),
+        ("target", "stand", "probability of improvement on stand-new@5000"),
+        ("target", "stand", "probability of improvement on stand-new-data@5000"),
+        ("target", "stand-new", "probability of improvement on stand-new-data@5000"),
+        ("offline", "stand", "probability of improvement on stand-bc@10000"),
+        ("offline", "stand-new", "probability of improvement on stand-bc@10000")}
     before = (tmp_path / "summary.csv").read_text()
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
     assert (tmp_path / "summary.csv").read_text() == before

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 
           --offline-capacity 100 --members 3 --return-percentile 30 --u-percentile 50
           --imagined-trajectories 8 --imagined-length 10
           --population 8 --elites 4 --policy-samples 4 --batch-size 16
-          --utd 2 --device cpu --threads 1""".split()
+          --warm-start --utd 2 --device cpu --threads 1""".split()
 
 
 def run(out, *flags, name="a", env="Hopper-v4"):
@@ -211,9 +212,12 @@ def test_recent_return_by_hand():
             last = step == length - 1
             buffer.add(reward=reward, terminated=last and key == "terminated", timeout=last and key == "timeout")
     # the episodes end at the 4th, 7th and 12th of 14 steps; the fourth is still running
-    assert recent_return(buffer, 3) == -5.0
-    assert recent_return(buffer, 8) == (6 - 5) / 2
-    assert recent_return(buffer, 14) == recent_return(buffer, 100) == (4 + 6 - 5) / 3
+    data = buffer.filled()
+    assert recent_return(data, 3) == -5.0
+    assert recent_return(data, 8) == (6 - 5) / 2
+    assert recent_return(data, 14) == recent_return(data, 100) == (4 + 6 - 5) / 3
+    assert recent_return(data, 7, 7) == recent_return(data, 10, 10) == (4 + 6) / 2 and recent_return(data, 5, 9) == 6
+    assert math.isnan(recent_return(data, 3, 3)) and math.isnan(recent_return(data, 2))
 
 
 @pytest.mark.parametrize("window", [0, 40])
@@ -224,7 +228,7 @@ def test_the_source_agent_that_goes_on(tmp_path, monkeypatch, window):
     def watched(run, side):
         info = original(run, side)
         if side is run.source:
-            seen.append((side.env.obs is None, recent_return(side.buffer, 40), side.agent.log_temperature.item()))
+            seen.append((side.env.obs is None, recent_return(side.buffer.filled(), 40), side.agent.log_temperature.item()))
         return info
 
     monkeypatch.setattr(wombet, "update", watched)
@@ -462,9 +466,28 @@ def test_the_policys_rounds(base, tmp_path, monkeypatch):
     assert starts[-1][2] >= 25 and starts[-1][3] >= 25  # five rounds of six each, beside the first D_S
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, warm):
-    """The source's, its optimisers and temperature too, which then go on apart; or one that has learnt nothing."""
+SOURCES = {"better": (0.0, 20.0), "worse": (20.0, 0.0), "no episode": (None, 20.0)}
+
+
+@pytest.mark.parametrize("flags, source, warm", [
+    (["--warm-start"], "worse", True), (["--no-warm-start"], "better", False), ([], "better", True),
+    ([], "worse", False), ([], "no episode", True), (["--no-keep-source-data"], "worse", False)])
+def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, flags, source, warm, capsys):
+    """The source's, its optimisers and temperature too, which then go on apart; or one that has learnt nothing. Unless
+    told, the source's where its last episodes return more under the target's reward (here features[0] + 1 less
+    control) than the first, of random actions."""
+    shared = shutil.copytree(base, tmp_path / base.name)
+    saved = torch.load(shared / "source.pt", weights_only=True)
+    data = saved["source"]["buffer"]["rows"]
+    for key in ("terminated", "timeout"):
+        data[key][:] = 0
+    data["action"][:] = 0
+    data["terminated"][[59, 149] if SOURCES[source][0] is not None else [149]] = 1
+    for part, speed in zip((slice(60), slice(60, None)), SOURCES[source]):
+        data["features"][part, 0] = -1.0 if speed is None else speed / 60 - 1.0
+    wombet.save(shared / "source.pt", saved)
+    ruled = not any("warm" in flag for flag in flags)
+
     def state(agent):
         return {k: v.clone() for k, v in agent.critic.state_dict().items()} | {
             "temperature": agent.log_temperature.detach().clone(),
@@ -480,10 +503,16 @@ def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, w
         seen["after"] = state(run.source.agent), state(run.target.agent)
 
     monkeypatch.setattr(wombet, "learn", learn)
-    assert run(tmp_path, "--source-run", base, *[] if warm else ["--no-warm-start"])[0] == 0
-    (source, target), (source_later, target_later) = seen["before"], seen["after"]
-    assert same(source, target) == warm
-    assert same(source, source_later) and not same(target, target_later)
+    words = ["--source-run", shared, "--out", tmp_path, "--name", "later", *flags]
+    tiny = [flag for flag in TINY if flag != "--warm-start"]
+    assert wombet.main(["--env", "Hopper-v4", *tiny, *map(str, words)]) == 0
+    (before, target), (before_later, target_later) = seen["before"], seen["after"]
+    assert same(before, target) == warm
+    assert same(before, before_later) and not same(target, target_later)
+    first, last = ("nan" if total is None else f"{total * share:.1f}" for total, share in zip(SOURCES[source], (1, 1.5)))
+    said = f"{'the source agent goes on' if warm else 'a new agent starts'}: the source's last episodes return {last} "
+    out = capsys.readouterr().out
+    assert (said in out and f"of random actions, {first}" in out) == ruled
 
 
 def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
