@@ -19,6 +19,7 @@ import csv
 import functools
 import json
 import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -501,8 +502,7 @@ def summarise(args):
     """Every number of the topics (folders of run folders) in or among args.folders -> rows, a header first.
 
     WOMBET is compared with every other group of a topic, and is fig2's where the topic has none; in the topic shift,
-    where each group has a source task of its own, <source> and <source>-new with those named <source>-…, and all with
-    fig2's scratch.
+    each agent from a source task, <source> and <source>-new…, is compared with all from there, and with fig2's scratch.
     """
     scale = args.normalise or "td3-1m"
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
@@ -530,9 +530,12 @@ def summarise(args):
                         rows += [(topic, phase, env, label, f"{quantity} over the marks", marks[-1], *numbers, seeds)
                                  for numbers in zip(*statistics(over_marks(marks, group)))]
             known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
-            pairs = [("wombet", label) for label in labels] if topic != "shift" else [
-                (name, rival) for name in found[topic, "target"].get(env, {}) for rival in (*labels, "scratch")
-                if rival.startswith(f"{name.removesuffix('-new')}-") or rival == "scratch" and phase == "target"]
+            pairs = [("wombet", label) for label in labels]
+            if topic == "shift":
+                rivals = [*labels, "scratch"] if phase == "target" else labels
+                agents = [re.fullmatch(r"(\w+)(-new.*)?", name) for name in found[topic, "target"].get(env, {})]
+                pairs = [(agent[0], rival) for agent in filter(None, agents) for rival in rivals
+                         if rival.split("-")[0] in (agent[1], "scratch")]
             for name, rival in pairs:
                 for column in ("normalised" if "+" in env else "return_mean", "length_mean"):
                     ours, theirs = known.get(name, {}).get(column), {**known, **labels}.get(rival, {}).get(column)

@@ -213,7 +213,7 @@ def preset(b):
 
 def shift(b):
     """A source task further away: the source's agent with imagination and without, a new agent given both kinds of
-    data, imagined alone, or real alone; figures 3 and 4, in one run a method; scratch: fig2's."""
+    data, imagined alone, or real alone; and the offline methods on D_S; scratch: fig2's."""
     others = {"control": ("--warm-start", *NOTHING_IMAGINED), "new": ("--no-warm-start",),
               **{f"new-{name}": ("--no-warm-start", *flags) for name, flags in ALONE.items()}}
     for kind in ("backward", "stand"):
@@ -223,8 +223,7 @@ def shift(b):
                 yield source
                 yield from (wombet(b, "shift", f"{kind}-{name}", env, seed, "--source", kind, *flags, source=source)
                             for name, flags in others.items())
-                yield from (offline(b, "shift", f"{kind}-{method}", method, source, "--online-steps", b.target)
-                            for method in (*OFFLINE, "awac"))
+                yield from (offline(b, "shift", f"{kind}-{method}", method, source) for method in OFFLINE)
     for env in b.pair:
         yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.few)
 
@@ -315,6 +314,9 @@ def other_flags(job, folder):
     program = importlib.import_module(Path(job.script).stem)
     now = vars(getattr(program, "parse_args", program.build_parser().parse_args)(list(job.flags)))
     nothing = then.get("alpha_rule") == "fixed" and then["alpha"] == 0
+    for flags in (then, now):
+        if flags.get("source") == "near" and flags.get("warm_start", True) is None:
+            flags["warm_start"] = True  # which is what a run decides there
     return [as_flag(key, then[key]) for key in sorted(then) if key in now and then[key] != now[key]
             and key not in NO_MATTER and not (nothing and key in NOT_IMAGINED)]
 

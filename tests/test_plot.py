@@ -408,7 +408,7 @@ def test_summary(tmp_path, published):
                       q_error=[3, 2, 1], length_mean=[9, 10 + seed, 20])
             write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
     write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="scratch")
-    for name in ("stand", "stand-new", "stand-new-data"):
+    for name in ("stand", "stand-new", "stand-control", "backward"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "shift", [10000], [1], name="stand-bc", phase="offline")
     write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
@@ -453,15 +453,12 @@ def test_summary(tmp_path, published):
     offline = [key for key in found if key[1] == "offline" and "iql@" in key[4]]
     assert [key[3:] for key in offline] == [("wombet", "probability of improvement on iql@10000", "5000"),
                                             ("wombet", "steps to reach iql@10000", "5000")]
-    # with another source task each group has its own control, and its own offline methods
+    # under a shift an agent is compared with all of the same source, and with scratch
     assert {(key[1], *key[3:5]) for key in found if key[0] == "shift" and "improvement" in key[4]} == {
-        *(("target", name, "probability of improvement on scratch@5000")
-          for name in ("stand", "stand-new", "stand-new-data")),
-        ("target", "stand", "probability of improvement on stand-new@5000"),
-        ("target", "stand", "probability of improvement on stand-new-data@5000"),
-        ("target", "stand-new", "probability of improvement on stand-new-data@5000"),
-        ("offline", "stand", "probability of improvement on stand-bc@10000"),
-        ("offline", "stand-new", "probability of improvement on stand-bc@10000")}
+        *(("target", name, f"probability of improvement on {rival}@5000") for name, *rivals in (
+            ("stand", "stand-new", "stand-control", "scratch"), ("stand-new", "stand", "stand-control", "scratch"),
+            ("backward", "scratch")) for rival in rivals),
+        *(("offline", name, "probability of improvement on stand-bc@10000") for name in ("stand", "stand-new"))}
     before = (tmp_path / "summary.csv").read_text()
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
     assert (tmp_path / "summary.csv").read_text() == before

@@ -84,7 +84,7 @@ def test_the_grid_is_the_issues():
     assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
     assert count("fig5", "half") == count("fig5", "tenth") == 12 and count("preset", "preset") == 12
     assert [count("shift", f"{kind}-{name}") for kind in ("backward", "stand")
-            for name in ("control", "new", "new-model", "new-data", "iql", "awac")] == [6] * 12
+            for name in ("control", "new", "new-model", "new-data", "iql")] == [6] * 10
     assert [count("fig6", f"filter-{kind}") for kind in ("dual", "return", "uncertainty", "none")] == [12] * 4
     # what a run needs, a run before it leaves
     for i, job in enumerate(jobs):
@@ -222,6 +222,12 @@ def test_what_is_done_with_other_flags_is_named(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith(Path(job.result).parent.name) for line, job in zip(lines, jobs)] == [True, False, True, True]
     assert lines[1].endswith("Hopper-v4__other__0, though with --alpha-gain 0.7, --lr 0.1, --utd 5")
+    # --warm-start is what a run decides from the near source, and from no other
+    for source, said in (("near", False), ("backward", True)):
+        job = jobs[0]._replace(flags=(*flags, "--source", source))
+        kept = {**vars(wombet.build_parser().parse_args(list(job.flags))), "warm_start": True}
+        Path(job.result).with_name("config.json").write_text(json.dumps({"flags": kept}))
+        assert reproduce.other_flags(job, Path(job.result).parent) == ["--warm-start"] * said
 
 
 def test_what_was_begun_with_other_flags_does_not_go_on(tmp_path, monkeypatch, capsys):

@@ -27,9 +27,12 @@ TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 
           --warm-start --utd 2 --device cpu --threads 1""".split()
 
 
-def run(out, *flags, name="a", env="Hopper-v4"):
+UNTOLD = [flag for flag in TINY if flag != "--warm-start"]
+
+
+def run(out, *flags, name="a", env="Hopper-v4", tiny=TINY):
     """Runs wombet.py on Hopper; returns its exit code and its folder."""
-    code = wombet.main(["--env", env, "--out", str(out), "--name", name, *TINY, *map(str, flags)])
+    code = wombet.main(["--env", env, "--out", str(out), "--name", name, *tiny, *map(str, flags)])
     return code, out / f"{env}__{name}__0"
 
 
@@ -228,17 +231,20 @@ def test_the_source_agent_that_goes_on(tmp_path, monkeypatch, window):
     def watched(run, side):
         info = original(run, side)
         if side is run.source:
-            seen.append((side.env.obs is None, recent_return(side.buffer.filled(), 40), side.agent.log_temperature.item()))
+            mean = recent_return(side.buffer.filled(), 40)
+            seen.append((side.env.obs is None, mean, side.agent.log_temperature.item()))
         return info
 
     monkeypatch.setattr(wombet, "update", watched)
     code, folder = run(tmp_path, "--snapshot-window", window, "--target-steps", 60)
     assert code == 0 and len(seen) == 90
-    kept = torch.load(folder / "source.pt", weights_only=True)["source"]["agent"]["log_temperature"].item()
+    state = torch.load(folder / "source.pt", weights_only=True)
+    kept = state["source"]["agent"]["log_temperature"].item()
     ended = [(mean, -k) for k, (over, mean, _) in enumerate(seen) if over and k >= 39]  # of 60 + 40 steps on
     best = -max(ended)[1]
     assert best != len(seen) - 1  # else the two would be one
     assert kept == seen[best if window else -1][2]
+    assert state["best"] == ({"step": 60 + best + 1, "return": seen[best][1]} if window else None)
 
 
 def test_more_steps_of_a_finished_run(base, tmp_path, monkeypatch):
@@ -466,27 +472,30 @@ def test_the_policys_rounds(base, tmp_path, monkeypatch):
     assert starts[-1][2] >= 25 and starts[-1][3] >= 25  # five rounds of six each, beside the first D_S
 
 
-SOURCES = {"better": (0.0, 20.0), "worse": (20.0, 0.0), "no episode": (None, 20.0)}
+# returns of three episodes that end at rows 60 (of random actions; "no episode" has none there), 100 and 150; the
+# source agent's step; what the rule compares, and its choice
+SOURCES = {"better": ((0, 0, 20), None, "10.0", "0.0", True), "worse": ((20, 0, 0), None, "0.0", "20.0", False),
+           "no episode": ((20, 0, 0), None, "10.0", "nan", True), "better before": ((0, 20, -60), 100, "10.0", "0.0", True),
+           "worse before": ((0, -60, 20), 100, "-30.0", "0.0", False)}
 
 
 @pytest.mark.parametrize("flags, source, warm", [
-    (["--warm-start"], "worse", True), (["--no-warm-start"], "better", False), ([], "better", True),
-    ([], "worse", False), ([], "no episode", True), (["--no-keep-source-data"], "worse", False)])
+    (["--warm-start"], "worse", True), (["--no-warm-start"], "better", False), (["--no-keep-source-data"], "worse", False),
+    *(([], name, source[-1]) for name, source in SOURCES.items())])
 def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, flags, source, warm, capsys):
     """The source's, its optimisers and temperature too, which then go on apart; or one that has learnt nothing. Unless
-    told, the source's where its last episodes return more under the target's reward (here features[0] + 1 less
-    control) than the first, of random actions."""
+    told, the source's if its last episodes return more under the target's reward than those of random actions."""
+    returns, step, last, random, _ = SOURCES[source]
     shared = shutil.copytree(base, tmp_path / base.name)
     saved = torch.load(shared / "source.pt", weights_only=True)
+    saved["best"] = step and {"step": step, "return": 0.0}
     data = saved["source"]["buffer"]["rows"]
-    for key in ("terminated", "timeout"):
+    for key in ("terminated", "timeout", "action"):
         data[key][:] = 0
-    data["action"][:] = 0
-    data["terminated"][[59, 149] if SOURCES[source][0] is not None else [149]] = 1
-    for part, speed in zip((slice(60), slice(60, None)), SOURCES[source]):
-        data["features"][part, 0] = -1.0 if speed is None else speed / 60 - 1.0
+    for begin, end, total in zip((0, 60, 100), (60, 100, 150), returns):
+        data["features"][begin:end, 0] = total / (end - begin) - 1.0  # the target pays this and 1 for each step
+        data["terminated"][end - 1] = end > 60 or source != "no episode"
     wombet.save(shared / "source.pt", saved)
-    ruled = not any("warm" in flag for flag in flags)
 
     def state(agent):
         return {k: v.clone() for k, v in agent.critic.state_dict().items()} | {
@@ -503,16 +512,16 @@ def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, f
         seen["after"] = state(run.source.agent), state(run.target.agent)
 
     monkeypatch.setattr(wombet, "learn", learn)
-    words = ["--source-run", shared, "--out", tmp_path, "--name", "later", *flags]
-    tiny = [flag for flag in TINY if flag != "--warm-start"]
-    assert wombet.main(["--env", "Hopper-v4", *tiny, *map(str, words)]) == 0
+    assert run(tmp_path, "--source-run", shared, *flags, name="later", tiny=UNTOLD)[0] == 0
     (before, target), (before_later, target_later) = seen["before"], seen["after"]
     assert same(before, target) == warm
     assert same(before, before_later) and not same(target, target_later)
-    first, last = ("nan" if total is None else f"{total * share:.1f}" for total, share in zip(SOURCES[source], (1, 1.5)))
-    said = f"{'the source agent goes on' if warm else 'a new agent starts'}: the source's last episodes return {last} "
     out = capsys.readouterr().out
-    assert (said in out and f"of random actions, {first}" in out) == ruled
+    if any("warm" in flag for flag in flags):
+        assert "agent starts" not in out
+    else:
+        assert f"{'the source' if warm else 'a new'} agent starts: " in out
+        assert f"last training episodes return {last}, random actions {random}\n" in out
 
 
 def test_a_source_of_another_version_is_bad_input(base, tmp_path, capsys):
@@ -738,6 +747,15 @@ def test_gif(tmp_path, capsys):
     if code == 2 and "cannot draw" in capsys.readouterr().err:
         pytest.skip("this machine has no OpenGL to draw with (EGL, OSMesa or a screen)")
     assert code == 0 and (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
+
+
+@pytest.mark.parametrize("how", ["--resume", "--evaluate"])
+def test_a_run_has_its_own_preset(tmp_path, how, capsys):
+    """Which is what is said; not that its flags, left to their defaults, are no good."""
+    folder = tmp_path / "Hopper-v4__a__0"
+    assert run(tmp_path, "--no-prior", "--target-steps", 70, tiny=UNTOLD)[0] == 0
+    assert wombet.main([how, str(folder), "--preset", "paper"]) == 2
+    assert "cannot take --preset paper (the run has None)" in capsys.readouterr().err
 
 
 def test_preset_paper(base, tmp_path):
