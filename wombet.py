@@ -372,7 +372,7 @@ def choose_best(run):
     # Deviation 12: the last agent may be in one of the falls that policies take between one evaluation and the next
     if run.best is not None:
         load_agent(run.source.agent, run.best.pop("agent"))
-        run.log.note(f"source  keeps the agent of step {run.best['step']:,}: its episodes return {run.best['return']:.1f}")
+        run.log.note(f"source  keeps the agent of step {run.best['step']:,}, of mean return {run.best['return']:.1f}")
 
 
 def cross(run):
