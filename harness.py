@@ -248,12 +248,10 @@ def config_flags(run_dir, parser):
     argv = []
     for name, value in flags.items():
         action, flag = actions[name], actions[name].option_strings[0]
-        if value is None and action.default is None:  # not given
-            continue
         if action.nargs == 0:  # a switch
             require(isinstance(value, bool), f"{file}: {flag} is {value!r}, neither true nor false")
             argv += [flag if value else f"--no-{flag[2:]}"] if value or len(action.option_strings) > 1 else []
-        else:
+        elif value is not None or action.default is not None:
             known = isinstance(value, (str, int, float)) and not isinstance(value, bool)
             require(known, f"{file}: {flag} is {value!r}, neither a number nor a string")
             argv.append(f"{flag}={value}")
@@ -771,14 +769,14 @@ def store_step(env, buffer, action):
         env.obs = None
 
 
-def recent_return(data, window, end=None):
-    """Mean undiscounted return of the episodes that ended in the last `window` rows before row `end` of a buffer's
-    data, (n,) each (it has not wrapped); nan if none did. Summed on the CPU: not every device has float64."""
-    reward, terminated, timeout = (data[key][:end].cpu() for key in ("reward", "terminated", "timeout"))
+def recent_return(buffer, window):
+    """Mean undiscounted return of the episodes that ended in the buffer's last `window` steps (one or more; the buffer
+    has not wrapped). Summed on the CPU: not every device has float64."""
+    reward, terminated, timeout = (buffer.data[key][: buffer.size].cpu() for key in ("reward", "terminated", "timeout"))
     ends = ((terminated + timeout) > 0).nonzero()[:, 0]
     totals = reward.double().cumsum(0)[ends]
     returns = totals.diff(prepend=totals.new_zeros(1))
-    return returns[ends >= len(reward) - window].mean().item()
+    return returns[ends >= buffer.size - window].mean().item()
 
 
 def stop_if_not_finite(run, loss, updates, state_dict):

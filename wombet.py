@@ -5,11 +5,12 @@
 1. Source    an agent learns in the source task; its real transitions train a probabilistic ensemble (section 4.1).
 2. Generate  uncertainty-penalised MPC acts inside that model (eqs. 1 to 5); what passes the dual filter (eq. 6) is
              relabelled with the target's reward: the first D_S (section 4.3).
-3. Target    the source's agent, or a new one if that does not beat random actions there, learns online from
-             alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6). Every --imagine-every steps it is rolled out in
-             the model under the target's reward, and D_S keeps the newest; every --refit-every the model is refit.
+3. Target    the source's agent goes on learning online, from alpha D_S + (1 - alpha) real data (sections 4.4 to 4.6).
+             Every --imagine-every steps it is rolled out in the model under the target's reward, and D_S keeps the
+             newest; every --refit-every steps the model is refit on all real data.
 
-The maths is in tasks.py, world_model.py, mpc.py, filter.py, replay.py, agent.py; what baselines share in harness.py.
+The maths is in tasks.py, world_model.py, mpc.py, filter.py, replay.py and agent.py; this file wires them. What it
+shares with the baselines (common flags, run folder, log, checkpoints, exit codes) is in harness.py.
 """
 
 import argparse
@@ -49,8 +50,7 @@ def build_parser():
 
     g = parser.add_argument_group("transfer (section 4.6)")
     g.add_argument("--offline-data", type=some_path, metavar="FILE", help="D_S from an .npz with D4RL's keys; no model")
-    g.add_argument("--warm-start", **SWITCH, default=None, help="the target's agent starts as the source's, or anew; "
-                   "unless given, as the source's if its training episodes are worth more there than random actions")
+    g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
                    "step; --eval-every and --checkpoint-every count these there, --imagine-every the actor's")
@@ -64,7 +64,8 @@ def build_parser():
 
     g = parser.add_argument_group("imagining in the target task (sections 4.1 and 4.3)")
     g.add_argument("--imagine-every", type=amount, default=250, help="target steps between rounds; 0: the first alone")
-    g.add_argument("--imagine-with", default="policy", choices=("policy", "mpc"), help="mpc: as the first D_S")
+    g.add_argument("--imagine-with", default="policy", choices=("policy", "mpc"), help="policy: the present agent, "
+                   "under the target's reward; mpc: as the first D_S")
     g.add_argument("--rollouts", type=count, default=2000, help="the policy's rollouts in a round")
     g.add_argument("--rollout-length", type=count, default=5, help="their length, steps")
     g.add_argument("--offline-capacity", type=count, default=50_000, help="transitions in D_S, which keeps the newest")
@@ -94,7 +95,8 @@ def build_parser():
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
     g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
-    g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's, over the ensemble")
+    g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
+                   "moves a candidate, or each member does and returns are averaged")
     g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
     g.add_argument("--plan-penalty-coef", type=nonnegative, default=4.0, help="lambda of eqs. 3 to 5")
@@ -175,9 +177,8 @@ def check_args(args):
 def parse_args(argv=None):
     """This program's flags; bad ones raise ValueError."""
     parser, first = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--resume", "--evaluate"):
-        first.add_argument(flag, nargs="?")
-    if [*vars(first.parse_known_args(argv)[0]).values()] == ["paper", None, None]:  # a run has its own flags
+    first.add_argument("--preset", nargs="?")
+    if first.parse_known_args(argv)[0].preset == "paper":
         parser.set_defaults(**PAPER)
     return read_flags(argv, parser, check_args, anew=("source_steps", "target_steps", "lr", "model_lr"))
 
@@ -248,18 +249,21 @@ def planner(run):
 
 
 SIDE_VALUES = ("step", "updates")  # of a side, and below of a run, what a checkpoint keeps as it is
-RUN_VALUES = {"phase": str, "thresholds": list, "acceptance": float, "best": dict, "holdout_mse": float}  # or None
+RUN_VALUES = ("phase", "thresholds", "acceptance", "best", "holdout_mse")
 
 
 def state_dict(run):
     """The whole run as tensors and plain values."""
-    state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, **log_and_generators(run)}
+    state = {"wombet": 1, **{name: getattr(run, name) for name in RUN_VALUES}, "mix": run.mix.state_dict(),
+             **log_and_generators(run)}
     for name in ("source", "target"):
         if (side := getattr(run, name)) is not None:
             state[name] = {part: getattr(side, part).state_dict() for part in ("env", "agent", "buffer")}
             state[name].update({key: getattr(side, key) for key in SIDE_VALUES})
-    parts = {name: getattr(run, name) for name in ("model", "offline_data", "mix")}
-    return {**state, **{name: part.state_dict() for name, part in parts.items() if part is not None}}
+    for name in ("model", "offline_data"):
+        if (part := getattr(run, name)) is not None:
+            state[name] = part.state_dict()
+    return state
 
 
 def load_side(side, state):
@@ -272,7 +276,8 @@ def load_side(side, state):
 def load_state_dict(run, state):
     with must_fit("the checkpoint", "these flags"):
         must_match(state, state_dict(run))
-        for name, kind in RUN_VALUES.items():
+        kinds = {"thresholds": list, "acceptance": float, "holdout_mse": float, "best": dict}  # None in a new run
+        for name, kind in kinds.items():
             require(isinstance(state[name], (kind, type(None))), f"{name} is {state[name]!r}")
         vars(run).update({name: state[name] for name in RUN_VALUES})
         require(run.phase in ("source", "generate", "switch", "target", "done"), f"unknown phase {run.phase!r}")
@@ -305,7 +310,7 @@ def reuse_source(run, source_run):
         run.model.load_state_dict(state["model"])
         data = run.source.buffer.filled()  # what the model was fit on; the other run's u may be of another kind
         run.model.calibrate(*(data[key] for key in ("obs", "action", "next_obs", "features")))
-        run.holdout_mse, run.best, run.phase = state["holdout_mse"], state["best"], "generate"
+        run.holdout_mse, run.phase = state["holdout_mse"], "generate"
         load_log_and_generators(run, state)
 
 
@@ -341,6 +346,7 @@ def learn(run, name):
         if name == "target" and side.step:
             if imagines(run) and args.refit_every and side.step % args.refit_every == 0:
                 fit(run, args.refit_epochs)
+                refresh_uncertainty(run)
             imagine_round(run, side.step)
         obs = env.reset() if env.obs is None else env.obs
         acts_randomly = from_scratch and side.step < args.random_steps
@@ -362,35 +368,19 @@ def learn(run, name):
 
 def keep_best(run):
     """Keeps a copy of the source agent when its recent training episodes return more than at any time before."""
-    mean = recent_return(run.source.buffer.filled(), run.args.snapshot_window)
+    mean = recent_return(run.source.buffer, run.args.snapshot_window)
     if run.best is None or mean > run.best["return"]:
         run.best = {"return": mean, "step": run.source.step, "agent": copy.deepcopy(run.source.agent.state_dict())}
 
 
 def choose_best(run):
-    """Takes the agent that `keep_best` kept, if there is one."""
+    """Goes on with the agent that `keep_best` kept, if there is one."""
     # Deviation 12: the last agent may be in one of the falls that policies take between one evaluation and the next
     if run.best is not None:
-        load_agent(run.source.agent, run.best.pop("agent"))
-        run.log.note(f"source  keeps the agent of step {run.best['step']:,}, of mean return {run.best['return']:.1f}")
-
-
-def cross(run):
-    """What of the source goes on in the target task: its real data, relabelled, and its agent; unless told, this if its
-    last training episodes return more under the target's reward than the first, of random actions."""
-    args, data = run.args, relabel(run.source.buffer.filled(), run.target.env.task.reward)
-    if args.keep_source_data:
-        # Deviation 10: the dynamics are shared, so real source data are as true as D_T's, and train with them
-        run.target.buffer.add(**data)
-    warm, end = args.warm_start, run.best and run.best["step"]  # the source agent's last row
-    if warm is None:
-        last, random = (recent_return(data, args.random_steps, row) for row in (end, args.random_steps))
-        warm = not last <= random  # also where one of them is nan, for no episode ended
-        run.log.note(f"target  {'the source' if warm else 'a new'} agent starts: under this task's reward the source "
-                     f"agent's last training episodes return {last:.1f}, random actions {random:.1f}")
-    if warm:
-        # Deviation 11: the paper plans without a policy and learns one in the target task alone
-        run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
+        load_agent(run.source.agent, run.best["agent"])
+        run.log.note(f"source  the agent of step {run.best['step']:,} goes on: its recent training episodes return "
+                     f"{run.best['return']:.1f}")
+        run.best = None
 
 
 def update(run, side):
@@ -423,22 +413,20 @@ def pretrain(run):
 
 
 def fit(run, epochs):
-    """Fits the model (section 4.1) on all real data, the source's and, later, D_T; u of D_S is then the new model's."""
+    """Fits the model (section 4.1) on all real data: the source's and, later, D_T."""
     args, began = run.args, time.time()
     # rows are only ever appended, so that what the fit holds out stays held out
-    target, d_s, imagined = run.target.buffer.filled(), run.offline_data.filled(), []
+    target, imagined = run.target.buffer.filled(), []
     parts = [run.source.buffer.filled(), {key: values[run.pooled:] for key, values in target.items()}]
     if args.refit_on_imagined and run.phase == "target":
         # Deviation 9: the paper's D is D_S and D_T; the default leaves out what the model itself has imagined
-        parts, imagined = [target], [d_s]
+        parts, imagined = [target], [run.offline_data.filled()]
     n_real = sum(len(part["obs"]) for part in parts)
     columns = {k: torch.cat([part[k] for part in parts + imagined]) for k in ("obs", "action", "next_obs", "features")}
     rows = torch.arange(len(columns["obs"]), device=args.device)
     result = run.model.fit(**columns, held_out=(rows % 10 == 0) & (rows < n_real), lr=args.model_lr,
                            batch_size=args.model_batch_size, max_epochs=epochs)
     run.holdout_mse = result["holdout_mse"]
-    chunks = zip(d_s["obs"].split(8192), d_s["action"].split(8192))
-    d_s["uncertainty"][:] = torch.cat([run.model.uncertainty(*chunk) for chunk in chunks])
     pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
     np.savetxt(run.dir / "model_error.csv", pairs, "%.5g", ",", header="u,error", comments="")
     run.log.note(f"model   fit on {len(rows):,} transitions: {result['epochs']} epochs, holdout MSE "
@@ -504,9 +492,9 @@ def generate(run):
         passed = torch.zeros_like(returns, dtype=torch.bool)
     run.acceptance = passed.float().mean().item()
     run.offline_data.add(**to_transitions(trajectories, passed, run.target.env.task.reward))
+    steps = trajectories["valid"].sum(1).float().mean()
     run.log.note(f"D_S     {run.acceptance:.0%} of {len(returns)} trajectories pass ({args.filter}: J_th "
-                 f"{run.thresholds[0]:.4g}, u_th {run.thresholds[1]:.3g}); mean valid length "
-                 f"{trajectories['valid'].sum(1).float().mean():.0f}; "
+                 f"{run.thresholds[0]:.4g}, u_th {run.thresholds[1]:.3g}); mean valid length {steps:.0f}; "
                  f"{run.offline_data.size:,} transitions, {time.time() - began:.0f} s")
     run.log.leave_out(began)
 
@@ -529,6 +517,13 @@ def imagine_mpc(run):
     resets = [torch.as_tensor(env.reset(), device=args.device)[None] for _ in range(n_reset)]
     starts = torch.cat([*resets, source.buffer.sample(n - n_reset)["obs"]])
     return imagine(run.model.step, source.env.task.terminated, planner(run).act, starts, length, trust_limit(run))
+
+
+def refresh_uncertainty(run):
+    """u of all of D_S, by the model as it is now."""
+    data = run.offline_data.filled()
+    chunks = zip(data["obs"].split(8192), data["action"].split(8192))
+    data["uncertainty"][:] = torch.cat([run.model.uncertainty(*chunk) for chunk in chunks])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -565,7 +560,12 @@ def train(args):
         if imagines(run):
             generate(run)
             save_dataset(run.offline_data, run.dir / "first_dataset.npz")
-        cross(run)
+        if args.keep_source_data:
+            # Deviation 10: the dynamics are shared, so real source data are as true as D_T's, and train with them
+            run.target.buffer.add(**relabel(run.source.buffer.filled(), run.target.env.task.reward))
+        if args.warm_start:
+            # Deviation 11: the paper plans without a policy and learns one in the target task alone
+            run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
     if run.phase == "switch":

@@ -118,7 +118,7 @@ def control(b):
         yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
 
 
-# what crosses to a new agent: what is imagined (the paper's transfer; all that it has, so it takes more), or real data
+# what alone crosses to a new agent: imagined data (the paper's transfer; it takes more of them), or real data
 ALONE = {"model": ("--no-keep-source-data", "--alpha-gain", 0.3), "data": NOTHING_IMAGINED}
 
 
@@ -212,14 +212,14 @@ def preset(b):
 
 
 def shift(b):
-    """A source task further away: the source's agent with imagination and without, a new agent given both kinds of
-    data, imagined alone, or real alone; and the offline methods on D_S; scratch: fig2's."""
-    others = {"control": ("--warm-start", *NOTHING_IMAGINED), "new": ("--no-warm-start",),
+    """A source task further away: WOMBET, its control, a new agent given both kinds of data, imagined alone, or real
+    alone, and the offline methods on D_S; scratch: fig2's."""
+    others = {"control": NOTHING_IMAGINED, "new": ("--no-warm-start",),
               **{f"new-{name}": ("--no-warm-start", *flags) for name, flags in ALONE.items()}}
     for kind in ("backward", "stand"):
         for env in b.pair:
             for seed in b.few:
-                source = wombet(b, "shift", kind, env, seed, "--source", kind, "--warm-start")
+                source = wombet(b, "shift", kind, env, seed, "--source", kind)
                 yield source
                 yield from (wombet(b, "shift", f"{kind}-{name}", env, seed, "--source", kind, *flags, source=source)
                             for name, flags in others.items())
@@ -314,9 +314,6 @@ def other_flags(job, folder):
     program = importlib.import_module(Path(job.script).stem)
     now = vars(getattr(program, "parse_args", program.build_parser().parse_args)(list(job.flags)))
     nothing = then.get("alpha_rule") == "fixed" and then["alpha"] == 0
-    for flags in (then, now):
-        if flags.get("source") == "near" and flags.get("warm_start", True) is None:
-            flags["warm_start"] = True  # which is what a run decides there
     return [as_flag(key, then[key]) for key in sorted(then) if key in now and then[key] != now[key]
             and key not in NO_MATTER and not (nothing and key in NOT_IMAGINED)]
 

@@ -928,4 +928,4 @@ def test_recent_return_without_float64_on_the_device(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cpu", to_cpu)
     monkeypatch.setattr(torch.Tensor, "double", cast)
-    assert recent_return(buffer.filled(), 3) == 3.0
+    assert recent_return(buffer, 3) == 3.0

@@ -222,12 +222,6 @@ def test_what_is_done_with_other_flags_is_named(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith(Path(job.result).parent.name) for line, job in zip(lines, jobs)] == [True, False, True, True]
     assert lines[1].endswith("Hopper-v4__other__0, though with --alpha-gain 0.7, --lr 0.1, --utd 5")
-    # --warm-start is what a run decides from the near source, and from no other
-    for source, said in (("near", False), ("backward", True)):
-        job = jobs[0]._replace(flags=(*flags, "--source", source))
-        kept = {**vars(wombet.build_parser().parse_args(list(job.flags))), "warm_start": True}
-        Path(job.result).with_name("config.json").write_text(json.dumps({"flags": kept}))
-        assert reproduce.other_flags(job, Path(job.result).parent) == ["--warm-start"] * said
 
 
 def test_what_was_begun_with_other_flags_does_not_go_on(tmp_path, monkeypatch, capsys):
