@@ -118,8 +118,9 @@ def control(b):
         yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
 
 
-# what alone crosses to a new agent: imagined data (the paper's transfer; it takes more of them), or real data
-ALONE = {"model": ("--no-keep-source-data", "--alpha-gain", 0.3), "data": NOTHING_IMAGINED}
+# a new agent to which one thing crosses: imagined data (the paper's transfer; it takes more of them), or real data
+ALONE = {"model": ("--no-warm-start", "--no-keep-source-data", "--alpha-gain", 0.3),
+         "data": ("--no-warm-start", *NOTHING_IMAGINED)}
 
 
 def parts(b):
@@ -127,7 +128,7 @@ def parts(b):
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
         for name, flags in ALONE.items():
-            yield from (variant(b, "parts", name, env, seed, "--no-warm-start", *flags) for seed in b.few)
+            yield from (variant(b, "parts", name, env, seed, *flags) for seed in b.few)
 
 
 def before(b):
@@ -215,7 +216,7 @@ def shift(b):
     """A source task further away: WOMBET, its control, a new agent given both kinds of data, imagined alone, or real
     alone, and the offline methods on D_S; scratch: fig2's."""
     others = {"control": NOTHING_IMAGINED, "new": ("--no-warm-start",),
-              **{f"new-{name}": ("--no-warm-start", *flags) for name, flags in ALONE.items()}}
+              **{f"new-{name}": flags for name, flags in ALONE.items()}}
     for kind in ("backward", "stand"):
         for env in b.pair:
             for seed in b.few:
