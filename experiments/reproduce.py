@@ -83,8 +83,16 @@ def run_dir(b, job):
     return f"{b.runs}/{job.topic}/{job.folder}"
 
 
-def from_scratch(b, topic, name, env, seed, steps):
-    return new_job(b, topic, "wombet.py", env, name, seed, *b.wombet, "--no-prior", "--target-steps", steps)
+def scratch(b, env, seed):
+    return new_job(b, "fig2", "wombet.py", env, "scratch", seed, *b.wombet, "--no-prior", "--target-steps", b.target)
+
+
+def goes_on(b, topic, name, job, *flags):
+    """That run with more steps, in a copy of its folder."""
+    env, _, seed = job.folder.split("__")
+    base = run_dir(b, job)
+    return new_job(b, topic, job.script, env, name, seed, "--resume", f"{b.runs}/{topic}/{env}__{name}__{seed}", *flags,
+                   needs=(f"{base}/done",), base=base)
 
 
 def wombet(b, topic, name, env, seed, *flags, source=None):
@@ -115,7 +123,9 @@ def control(b):
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.many)
         yield from (variant(b, "control", "control", env, seed, *NOTHING_IMAGINED) for seed in b.many)
-        yield from (from_scratch(b, "control", "scratch-long", env, seed, b.source + b.target) for seed in b.few)
+        for seed in b.few:
+            yield scratch(b, env, seed)
+            yield goes_on(b, "control", "scratch-long", scratch(b, env, seed), "--target-steps", b.source + b.target)
 
 
 # a new agent to which one thing crosses: imagined data (the paper's transfer; it takes more of them), or real data
@@ -144,7 +154,7 @@ def fig2(b):
     """WOMBET against the same agent from scratch, and against SAC, TD3 and PPO with twice the target steps."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.many)
-        yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.many)
+        yield from (scratch(b, env, seed) for seed in b.many)
         # TD3's published runs begin to learn then (the paper's appendix C), not at CleanRL's 25,000 steps
         start = 10_000 if env in ("HalfCheetah-v4", "Ant-v4") else 1_000
         for name, flags in {"sac": (), "td3": ("--random-steps", start), "ppo": ()}.items():
@@ -179,10 +189,7 @@ def fig4(b):
     for job in fig3(b):
         yield job
         if job.topic == "fig3":
-            env, name, seed = job.folder.split("__")
-            base = run_dir(b, job)
-            yield new_job(b, "fig4", job.script, env, name, seed, "--resume", f"{b.runs}/fig4/{job.folder}",
-                      "--online-steps", b.target, needs=(f"{base}/done",), base=base)
+            yield goes_on(b, "fig4", job.folder.split("__")[1], job, "--online-steps", b.target)
     for env in b.pair:
         yield from (offline(b, "fig4", "awac", "awac", default(b, env, seed), "--online-steps", b.target)
                     for seed in b.few)
@@ -226,7 +233,7 @@ def shift(b):
                             for name, flags in others.items())
                 yield from (offline(b, "shift", f"{kind}-{method}", method, source) for method in OFFLINE)
     for env in b.pair:
-        yield from (from_scratch(b, "fig2", "scratch", env, seed, b.target) for seed in b.few)
+        yield from (scratch(b, env, seed) for seed in b.few)
 
 
 def bound(b):
@@ -271,8 +278,8 @@ def command(job):
     """One line for a shell in ROOT."""
     line = shlex.join(["python", job.script, *job.flags])
     if job.base:
-        parent = str(Path(job.flags[1]).parent)
-        line = f"mkdir -p {shlex.quote(parent)} && {shlex.join(['cp', '-r', job.base, f'{parent}/'])} && {line}"
+        folder = job.flags[1]
+        line = f"mkdir -p {shlex.quote(folder)} && {shlex.join(['cp', '-r', f'{job.base}/.', folder])} && {line}"
     return line
 
 

@@ -67,7 +67,7 @@ def test_every_command_is_one_that_its_program_takes(name, monkeypatch):
         if kind not in checked and job.script != "experiments/bound.py":
             checked.add(kind)
             # of a run that goes on, all that it is given together
-            words = (*flags["fig3", job.folder], *job.flags[2:]) if job.base else job.flags
+            words = (*flags[Path(job.base).parts[-2:]], *job.flags[2:]) if job.base else job.flags
             assert importlib.import_module(Path(job.script).stem).main(list(words)) == 0, job
     assert {script for _, script, _ in checked} >= {"wombet.py", "baselines/ppo.py", "baselines/combo.py"}
 
@@ -102,7 +102,10 @@ def test_list_prints_commands_one_a_line(capsys):
     assert lines[0] == ("python wombet.py --env Hopper-v4 --name wombet --seed 3 --source-steps 50000 "
                         "--target-steps 25000 --out runs/fig2")
     assert "--alpha-rule fixed --alpha 0 --source-run runs/fig2/Hopper-v4__wombet__3 --out runs/control" in lines[1]
-    assert len(lines) == 3 and "--no-prior --target-steps 75000" in lines[2]
+    assert "--no-prior --target-steps 25000 --out runs/fig2" in lines[2]
+    copy = "runs/control/Hopper-v4__scratch-long__3"
+    assert lines[3:] == [f"mkdir -p {copy} && cp -r runs/fig2/Hopper-v4__scratch__3/. {copy} && "
+                         f"python wombet.py --resume {copy} --target-steps 75000"]
 
 
 def test_a_listed_command_copies_from_a_folder_with_a_space(tmp_path, capsys):
