@@ -573,10 +573,11 @@ def compare(ours, theirs, rival, same_steps):
 
 
 def compare_means(ours, theirs, rival, quantity):
-    """The same of whose mean over the marks is higher, where both have the same marks."""
-    if np.array_equal(ours[0], theirs[0]) and ours[0][-1] > 0:
+    """The same of whose mean over the marks is higher, where both have the same marks after step 0."""
+    marks, their_marks = (steps[steps > 0] for steps, _ in (ours, theirs))
+    if np.array_equal(marks, their_marks) and len(marks):
         means = over_marks(*ours), over_marks(*theirs)
-        yield (f"probability of a higher {quantity} over the marks than {rival}", ours[0][-1], improvement(*means)[0],
+        yield (f"probability of a higher {quantity} over the marks than {rival}", marks[-1], improvement(*means)[0],
                *interval(improvement, *means)[:, 0])
 
 

@@ -407,7 +407,7 @@ def test_summary(tmp_path, published):
             write_run(tmp_path / "fig2", [0, 2500, 5000], [1, 5 + seed, 9 + seed], env, "wombet", seed,
                       q_error=[3, 2, 1], length_mean=[9, 10 + seed, 20])
             write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
-    write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="scratch")
+    write_run(tmp_path / "fig2", [5000], [2], name="scratch")  # from scratch there is no step 0
     for name in ("stand", "stand-new", "stand-control", "backward"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "shift", [10000], [1], name="stand-bc", phase="offline")
@@ -442,10 +442,11 @@ def test_summary(tmp_path, published):
     over = found["fig2", "target", "Hopper-v4", "wombet", "return over the marks", "5000"]
     assert [float(x) for x in over] == pytest.approx([7.5, math.sqrt(0.5), 7.5, 7, 8, 2])
     assert found["control", "target", "Hopper-v4", "control", "length over the marks", "5000"][0] == "20"
-    words = "probability of a higher {} over the marks than control"
-    assert compared("control", "Hopper-v4", words.format("return"), "5000")[0] == "0"
-    assert compared("control", "Hopper-v4", words.format("length"), "5000") == ["0", "", "", "0", "0", "2"]
+    words = "probability of a higher {} over the marks than {}"
+    assert compared("control", "Hopper-v4", words.format("return", "control"), "5000")[0] == "0"
+    assert compared("control", "Hopper-v4", words.format("length", "control"), "5000") == ["0", "", "", "0", "0", "2"]
     assert not any("than sac" in key[4] for key in found)  # which was evaluated at other steps
+    assert found["shift", "target", "Hopper-v4", "stand", words.format("return", "scratch"), "5000"][0] == "0.5"
     # fig4 has no wombet of its own: fig2's; it never reaches 20
     assert compared("fig4", "Hopper-v4", "steps to reach iql@5000", "5000")[0] == "inf"
     assert compared("fig4", "Hopper-v4", "probability of improvement on iql@5000", "5000")[0] == "0"
