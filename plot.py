@@ -79,6 +79,8 @@ def build_parser():
     parser.add_argument("--line", metavar="NAME[=LABEL]", help="bars: a line at this group's last target return")
     parser.add_argument("--per-seed", action=argparse.BooleanOptionalAction, default=False,
                         help="not bars: a thin line for each seed too")
+    parser.add_argument("--y-min", type=float, metavar="VALUE", help="curves, q-error: where the y axis begins; what "
+                        "is below is not seen, such as the return of a source agent that runs the other way")
     parser.add_argument("--published", metavar="FILE", help="CSV of known results, for --reference and summary; "
                         "its columns: " + ", ".join(PUBLISHED))
     parser.add_argument("--reference", nargs="+", default=[], metavar="METHOD[@STEPS]", help="curves, bars: a "
@@ -422,6 +424,8 @@ def plot_runs(args):
                     draw_curves(ax, marks, group, style(labels.index(name)), args)
                 if args.kind == "alpha":
                     ax.set_ylim(bottom=0)
+                if args.y_min is not None:
+                    ax.set_ylim(bottom=args.y_min)
                 axes[-1, j].set_xlabel("Source and target steps (thousands)" if args.all_steps else XLABEL[args.phase])
             for i, points in enumerate(references.values()):
                 if env in points:
@@ -616,6 +620,7 @@ def main(argv=None):
                                    ("--all-steps", args.all_steps, COLUMNS),
                                    ("--average", args.average != "mean", COLUMNS),
                                    ("--per-seed", args.per_seed, [kind for kind in COLUMNS if kind != "bars"]),
+                                   ("--y-min", args.y_min is not None, ("curves", "q-error")),
                                    ("--published", args.published, ("summary", *DRAWN))):
             if given and args.kind not in kinds:
                 raise ValueError(f"{flag} goes with --kind {' and '.join(kinds)} only")
