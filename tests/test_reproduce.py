@@ -350,9 +350,10 @@ def test_slurm_gets_one_array_a_stage(tmp_path, monkeypatch, capsys):
                            "--slurm-args=--time=1:00:00 --partition='big one'"]) == 0
     first, second = (shlex.split((tmp_path / "bin" / name).read_text()) for name in ("args1", "args3"))
     assert "--array=0-1" in first and not any("dependency" in flag for flag in first) and "--time=1:00:00" in first
-    assert "--array=0-0" in second and "--dependency=afterany:1" in second
+    assert "--array=0-1" in second and "--dependency=afterany:1" in second
     script = (tmp_path / "bin" / "script3").read_text()
-    assert "names=(control/Hopper-v4__control__0)" in script and "--budget quick" in script and "--fill-runs" in script
+    assert "names=(control/Hopper-v4__control__0 control/Hopper-v4__scratch-long__0)" in script
+    assert "--budget quick" in script and "--fill-runs" in script
     assert "job array 1: 2 runs" in capsys.readouterr().out
 
 

@@ -149,7 +149,7 @@ def of_a_run(folder):
             cells["`q_error` over the ten marks"] = mean(errors)
     if rows[-1].get("acceptance"):
         cells["trajectories of the first D_S that pass"] = f"{100 * float(rows[-1]['acceptance']):.0f} %"
-    if 0 in returns:
+    if 0 in returns and rows[-1].get("source_steps") != "0":  # from scratch nothing is switched
         cells["at the switch"] = number(returns[0])
         cells["at 2,500 over row 0"] = f"{100 * returns[2500] / returns[0]:.0f} %"
     return {**cells, **{f"at {step:,} steps": number(value) for step, value in returns.items()}}
