@@ -424,8 +424,6 @@ def plot_runs(args):
                     draw_curves(ax, marks, group, style(labels.index(name)), args)
                 if args.kind == "alpha":
                     ax.set_ylim(bottom=0)
-                if args.y_min is not None:
-                    ax.set_ylim(bottom=args.y_min)
                 axes[-1, j].set_xlabel("Source and target steps (thousands)" if args.all_steps else XLABEL[args.phase])
             for i, points in enumerate(references.values()):
                 if env in points:
@@ -434,6 +432,10 @@ def plot_runs(args):
                 centre, low, high = (values[-1] for values in band(group, args.average))
                 ax.axhline(centre, **LINE)
                 ax.axhspan(low, high, color=LINE["color"], alpha=0.12, lw=0)
+            if args.y_min is not None:
+                if args.y_min >= (top := ax.get_ylim()[1]):
+                    raise ValueError(f"--y-min {args.y_min:g}: all of {env} is below {top:g}: give a lower one")
+                ax.set_ylim(args.y_min, top)
             ax.set_ylabel(title if ax.get_subplotspec().is_first_col() else "")
             for name, (marks, group) in series.items():
                 rows = [(env, name, *numbers, min(map(len, group))) for numbers in zip(marks, *statistics(group))]
