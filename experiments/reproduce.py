@@ -75,6 +75,8 @@ def new_job(b, topic, script, env, name, seed, *flags, needs=(), base=None, kept
     folder = f"{env}__{name}__{seed}"
     if base is None:
         flags = ("--env", env, "--name", name, "--seed", seed, *flags, "--out", f"{b.runs}/{topic}")
+    else:
+        flags = ("--resume", f"{b.runs}/{topic}/{folder}", *flags)
     result = f"{b.results}/{topic}/{folder}/progress.csv"
     return Job(topic, folder, script, tuple(map(str, flags)), result, needs, base, kept)
 
@@ -91,8 +93,7 @@ def goes_on(b, topic, name, job, *flags):
     """That run with more steps, in a copy of its folder."""
     env, _, seed = job.folder.split("__")
     base = run_dir(b, job)
-    return new_job(b, topic, job.script, env, name, seed, "--resume", f"{b.runs}/{topic}/{env}__{name}__{seed}", *flags,
-                   needs=(f"{base}/done",), base=base)
+    return new_job(b, topic, job.script, env, name, seed, *flags, needs=(f"{base}/done",), base=base)
 
 
 def wombet(b, topic, name, env, seed, *flags, source=None):
@@ -123,9 +124,9 @@ def control(b):
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.many)
         yield from (variant(b, "control", "control", env, seed, *NOTHING_IMAGINED) for seed in b.many)
-        for seed in b.few:
-            yield scratch(b, env, seed)
-            yield goes_on(b, "control", "scratch-long", scratch(b, env, seed), "--target-steps", b.source + b.target)
+        for job in (scratch(b, env, seed) for seed in b.few):
+            yield job
+            yield goes_on(b, "control", "scratch-long", job, "--target-steps", b.source + b.target)
 
 
 # a new agent to which one thing crosses: imagined data (the paper's transfer; it takes more of them), or real data

@@ -409,7 +409,7 @@ def test_summary(tmp_path, published):
             write_run(tmp_path / "fig2", [0, 2500, 5000], [1, 5 + seed, 9 + seed], env, "wombet", seed,
                       q_error=[3, 2, 1], length_mean=[9, 10 + seed, 20])
             write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
-    write_run(tmp_path / "fig2", [5000], [2], name="scratch")  # from scratch there is no step 0
+    write_run(tmp_path / "fig2", [5000], [2], name="scratch")  # as older runs, without step 0
     for name in ("stand", "stand-new", "stand-control", "backward"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "shift", [10000], [1], name="stand-bc", phase="offline")
