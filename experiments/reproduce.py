@@ -279,8 +279,8 @@ def command(job):
     """One line for a shell in ROOT."""
     line = shlex.join(["python", job.script, *job.flags])
     if job.base:
-        folder = job.flags[1]
-        line = f"mkdir -p {shlex.quote(folder)} && {shlex.join(['cp', '-r', f'{job.base}/.', folder])} && {line}"
+        above, folder, base = map(shlex.quote, (str(Path(job.flags[1]).parent), job.flags[1], job.base))
+        line = f"mkdir -p {above} && {{ [ -d {folder} ] || cp -r {base} {folder}; }} && rm -f {folder}/done && {line}"
     return line
 
 

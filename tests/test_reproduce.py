@@ -104,17 +104,23 @@ def test_list_prints_commands_one_a_line(capsys):
     assert "--alpha-rule fixed --alpha 0 --source-run runs/fig2/Hopper-v4__wombet__3 --out runs/control" in lines[1]
     assert "--no-prior --target-steps 25000 --out runs/fig2" in lines[2]
     copy = "runs/control/Hopper-v4__scratch-long__3"
-    assert lines[3:] == [f"mkdir -p {copy} && cp -r runs/fig2/Hopper-v4__scratch__3/. {copy} && "
-                         f"python wombet.py --resume {copy} --target-steps 75000"]
+    assert len(lines) == 4 and f"cp -r runs/fig2/Hopper-v4__scratch__3 {copy};" in lines[3]
+    assert lines[3].endswith(f" && python wombet.py --resume {copy} --target-steps 75000")
 
 
 def test_a_listed_command_copies_from_a_folder_with_a_space(tmp_path, capsys):
     out = tmp_path / "my runs"
-    (out / "runs" / "fig3" / "Hopper-v4__bc__0").mkdir(parents=True)
+    base, folder = (out / "runs" / topic / "Hopper-v4__bc__0" for topic in ("fig3", "fig4"))
+    base.mkdir(parents=True)
+    (base / "checkpoint.pt").write_text("offline")
+    (base / "done").touch()
     assert reproduce.main(["fig4", "--budget", "quick", "--out", str(out), "--list", "--only", "fig4/*bc*"]) == 0
     copy = capsys.readouterr().out.rpartition(" && ")[0]
     assert subprocess.run(copy, shell=True, cwd=tmp_path).returncode == 0
-    assert (out / "runs" / "fig4" / "Hopper-v4__bc__0").is_dir() and [*tmp_path.iterdir()] == [out]
+    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"] and [*tmp_path.iterdir()] == [out]
+    (folder / "checkpoint.pt").write_text("online")  # as the run leaves it: a second time the line goes on from there
+    assert subprocess.run(copy, shell=True, cwd=tmp_path).returncode == 0
+    assert (folder / "checkpoint.pt").read_text() == "online"
 
 
 README = (SCRIPT.parent / "README.md").read_text()
