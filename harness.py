@@ -716,7 +716,8 @@ def load_log_and_generators(run, state):
         torch.cuda.set_rng_state(rng.cpu(), i)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP else []))
 
 
 def catch_interrupts(run):
@@ -734,7 +735,7 @@ def catch_interrupts(run):
     run.interrupted = []  # the signals that came
     if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
         for name in SIGNALS:
-            if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+            if name != SIGHUP or signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(name, ask)
 
 

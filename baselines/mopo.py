@@ -10,7 +10,8 @@ in it for a few steps from states of the data, each step by a member drawn at ra
 on those steps and, to a share of `real_ratio`, on the data. u is the largest predicted standard deviation of a member.
 
 Deviation: u is in delta-normalised units, over sqrt(d), in which no large dimension drowns the others (the published
-lambdas, .5 to 5, are for raw units); all members roll out, not the best five; 10,000 rollouts at a time, not 50,000.
+lambdas, .5 to 5, are for raw units); all members roll out, not the best five, and stay within the data's range; 10,000
+rollouts at a time, not 50,000; no weight decay.
 Online (not in the paper): new steps join the data; the model stays as it is.
 """
 

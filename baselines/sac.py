@@ -7,6 +7,8 @@
     actor        temperature log pi(a|s) - min_i Q_i(s, a),  a ~ pi(.|s)
     temperature  temperature (entropy - target entropy): it falls while the policy is more random than asked for
 
+Deviation: the log standard deviation is softly bounded to [-20, 2], as agent.py's; CleanRL's is a tanh onto [-5, 2].
+
 Actor and temperature take their steps every `policy_delay` critic steps, as many at once as were left out.
 """
 

@@ -699,6 +699,15 @@ def test_what_stops_a_run(number, before, stops):
             signal.signal(name, handler)
 
 
+def test_a_system_without_hangups_and_file_locks():
+    """As Windows."""
+    code = ("import signal, sys, types; del signal.SIGHUP; sys.modules['fcntl'] = None; import harness; "
+            "run = types.SimpleNamespace(); harness.catch_interrupts(run); signal.raise_signal(signal.SIGINT); "
+            "assert run.interrupted == [signal.SIGINT]")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(harness.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("second, at_once", [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_second_signal(second, at_once):
     """The same again means at once. Another kind does not: a time limit signals this process, and the program that
