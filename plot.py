@@ -508,7 +508,8 @@ def summarise(args):
     """Every number of the topics (folders of run folders) in or among args.folders -> rows, a header first.
 
     WOMBET is compared with every other group of a topic, and is fig2's where the topic has none; in the topic shift,
-    each agent from a source task, <source> and <source>-new…, is compared with all from there, and with fig2's scratch.
+    each agent from a source task, <source> and <source>-new…, is compared with all from there, and with fig2's scratch;
+    in parts, the new agents with one another and with fig2's scratch.
     """
     scale = args.normalise or "td3-1m"
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
@@ -537,6 +538,8 @@ def summarise(args):
                                  for numbers in zip(*statistics(over_marks(marks, group)))]
             known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
             pairs = [("wombet", label) for label in labels]
+            if topic == "parts" and phase == "target":
+                pairs += [("model", "data"), ("model", "scratch"), ("data", "scratch")]
             if topic == "shift":
                 rivals = [*labels, "scratch"] if phase == "target" else labels
                 agents = [re.fullmatch(r"(\w+)(-new.*)?", name) for name in found[topic, "target"].get(env, {})]
