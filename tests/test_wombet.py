@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import tasks
 import wombet
-from harness import COLUMNS, recent_return
+from harness import COLUMNS, Log, load_log_and_generators, log_and_generators, recent_return
 from replay import ReplayBuffer
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
@@ -122,6 +123,19 @@ def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatc
     assert rows(stopped) == rows(whole)
     ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (stopped, whole))
     assert torch.equal(ours["torch_rng"], theirs["torch_rng"])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_macs_generator_is_in_the_checkpoint(tmp_path, monkeypatch, there):
+    """No Mac runs this: PyTorch's functions are stood in for."""
+    states = [torch.tensor([3, 5], dtype=torch.uint8)]
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: there)
+    monkeypatch.setattr("torch.mps.get_rng_state", lambda: states[-1])
+    monkeypatch.setattr("torch.mps.set_rng_state", states.append)
+    a_run = SimpleNamespace(log=Log(tmp_path / "progress.csv"), rng=np.random.default_rng(0))
+    torch.save(log_and_generators(a_run), tmp_path / "state.pt")
+    load_log_and_generators(a_run, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert len(states) == 1 + there and torch.equal(states[-1], states[0])
 
 
 def test_more_source_steps_after_a_stop_in_the_last_one(tmp_path, monkeypatch):
