@@ -559,8 +559,10 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    # as Ctrl-C: Slurm's time limit and a terminal that closes leave checkpoints
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # as Ctrl-C: Slurm's time limit and a terminal that closes leave checkpoints. SIGINT: a script's `&` ignores it, and
+    # so would the programs that it is passed on to
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:

@@ -263,20 +263,26 @@ def test_where_runs_is_gone_what_others_need_runs_anew(stubs, tmp_path, capsys):
     assert (tmp_path / "runs" / "t" / "c" / "done").exists() and stubs.said("c") == "kept"
 
 
-def test_interrupted_goes_on(stubs, tmp_path, capsys):
+@pytest.mark.parametrize("sigint", [signal.default_int_handler, signal.SIG_IGN])
+def test_interrupted_goes_on(stubs, tmp_path, capsys, sigint):
+    """Also where SIGINT is ignored, as in what a script starts with `&`."""
     stubs(a=("slow", []))
     program = (f"import sys; sys.path.insert(0, {str(reproduce.ROOT)!r})\n"
                "from experiments import reproduce\n"
                f"job = lambda b: [reproduce.Job('t', 'a', {str(tmp_path / 'stub.py')!r}, (b.runs + '/t/a', 'slow'), "
                "b.results + '/t/a/progress.csv', (), None)]\n"
                f"reproduce.TOPICS['t'] = job; sys.exit(reproduce.main(['t', '--out', {str(tmp_path)!r}]))")
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, sigint)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(lambda: (tmp_path / "runs" / "t" / "a" / "checkpoint.pt").exists())
     assert stubs.run() == 1  # another process is at it
     assert stubs.run("--again") == 2 and "another process is at t/a" in capsys.readouterr().err
     assert (tmp_path / "runs" / "t" / "a" / "checkpoint.pt").exists()
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in process.communicate()[0] and process.returncode == 130
+    assert "the same command goes on" in process.communicate(timeout=60)[0] and process.returncode == 130
     assert stubs.run() == 0 and stubs.said("a") == "resumed"
 
 
