@@ -71,6 +71,7 @@ def build_parser():
                         "(default: %(default)s)")
     parser.add_argument("--all-steps", action=argparse.BooleanOptionalAction, default=False, help="target phase: x is "
                         "source and target steps together")
+    parser.add_argument("--until", type=float, default=math.inf, metavar="STEPS", help="leave out what comes later")
     parser.add_argument("--average", default="mean", choices=("mean", "iqm"), help="mean and standard deviation, or "
                         "interquartile mean and 95 %% bootstrap interval (default: %(default)s)")
     parser.add_argument("--normalise", choices=tuple(SCALES), help="curves, bars: 0 is a random policy, 100 is "
@@ -172,12 +173,13 @@ def mixed_flags(runs):
     return lines
 
 
-def curve(run, column, phase, all_steps=False):
-    """Steps (k,), ascending, and values (k,) of a column; where a resumed run repeats a mark, the later row stands."""
+def curve(run, column, phase, all_steps=False, until=math.inf):
+    """Steps (k,) up to `until`, ascending, and values (k,) of a column; where a resumed run repeats a mark, the later
+    row stands."""
     steps, values = run[STEPS[phase]], run.get(column, np.full(len(run["phase"]), np.nan))
     if all_steps:
         steps = steps + np.nan_to_num(run["source_steps"])
-    keep = (run["phase"] == phase) & np.isfinite(steps) & np.isfinite(values)
+    keep = (run["phase"] == phase) & np.isfinite(steps) & np.isfinite(values) & (steps <= until)
     points = sorted(dict(zip(steps[keep], values[keep])).items())
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
 
@@ -194,7 +196,7 @@ def aggregate(curves):
     return marks, np.stack([np.interp(marks, x, y) for x, y in curves])
 
 
-def collect(runs, columns, phase, scale, all_steps=False):
+def collect(runs, columns, phase, scale, all_steps=False, until=math.inf):
     """Runs -> {env: {label: {column: (marks (m,), group)}}}, group a list of one array (S, m) a task; a run without
     values of a column is left out.
 
@@ -207,7 +209,7 @@ def collect(runs, columns, phase, scale, all_steps=False):
         if env in SCALES[scale][1] and "return_mean" in data:
             data["normalised"] = normalise(data["return_mean"], *SCALES[scale][1][env])
         for column in columns:
-            points = curve(data, column, phase, all_steps)
+            points = curve(data, column, phase, all_steps, until)
             if len(points[0]):
                 curves.setdefault((env, label, column), [[]])[0].append(points)
     scaled = [(env, label) for env, label, column in curves if column == "normalised"]
@@ -392,7 +394,7 @@ def plot_runs(args):
     if args.normalise:
         columns = {"normalised": f"Normalised return\n(100: {SCALES[scale][0]})"}
     runs = find_runs(args.folders, "progress.csv", args.names)
-    groups = collect(runs, columns, args.phase, scale, args.all_steps)
+    groups = collect(runs, columns, args.phase, scale, args.all_steps, args.until)
     if args.average == "mean":  # over tasks there is no standard deviation to show
         groups = {env: group for env, group in groups.items() if "+" not in env}
     if not groups:
@@ -623,6 +625,7 @@ def main(argv=None):
                                    ("--normalise", args.normalise, ("summary", *DRAWN)),
                                    ("--phase", args.phase != "target", COLUMNS),
                                    ("--all-steps", args.all_steps, COLUMNS),
+                                   ("--until", args.until < math.inf, COLUMNS),
                                    ("--average", args.average != "mean", COLUMNS),
                                    ("--per-seed", args.per_seed, [kind for kind in COLUMNS if kind != "bars"]),
                                    ("--y-min", args.y_min is not None, ("curves", "q-error")),

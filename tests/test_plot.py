@@ -260,6 +260,7 @@ def test_curves_show_the_mean_the_band_and_the_seeds(results):
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     np.testing.assert_allclose([band.min(), band.max()], [-1.5 - math.sqrt(0.5), 4.5 + math.sqrt(0.5)])
     assert len(figure(results, "--per-seed").axes[0].lines) == 2 + 4
+    assert figure(results, "--until", "2500").axes[0].lines[0].get_xdata().tolist() == [0, 2.5]
     whole, cut = (figure(results, *flags).axes[0].get_ylim() for flags in ([], ["--y-min", "1"]))
     assert whole[0] < -1.5 and cut == (1, whole[1])
 
@@ -512,6 +513,7 @@ def test_bars_take_no_published_curve(results, published, capsys):
     (["--kind", "summary", "--names", "a"], "--names"), (["--kind", "summary", "--phase", "offline"], "--phase"),
     (["--kind", "model-error", "--average", "iqm"], "--average"), (["--kind", "bars", "--per-seed"], "--per-seed"),
     (["--kind", "bars", "--y-min", "0"], "--y-min"), (["--y-min", "9"], "--y-min 9"),
+    (["--kind", "summary", "--until", "9"], "--until"), (["--until", "-1"], "nothing to draw"),
     (["--kind", "summary", "--all-steps"], "--all-steps"), (["--published", "none.csv"], "--reference"),
     (["--line", "a"], "--line"), (["--kind", "bars", "--line", "z"], "no run is named z"),
     (["--kind", "alpha", "--normalise", "td3-1m"], "--normalise"),
