@@ -571,10 +571,12 @@ def over_marks(marks, group):
 
 def compare(ours, theirs, rival, same_steps):
     """Two (marks (m,), group) -> (words, our mark, value, low, high) of each comparison: who is better at the last
-    mark of both (if they count the same steps) and at the last of each, and when we are where they end."""
+    mark of both and, ours against theirs, at twice and three times our steps (if they count the same ones: half the
+    interaction, and the default source's steps counted), and at the last of each; when we are where they end."""
     (marks, our_group), (their_marks, their_group) = ours, theirs
     common = sorted(set(marks) & set(their_marks))[-1:] if same_steps else []
-    for mine, other in dict.fromkeys([*zip(common, common), (marks[-1], their_marks[-1])]):
+    longer = [(marks[-1], n * marks[-1]) for n in (2, 3) if same_steps and n * marks[-1] in their_marks]
+    for mine, other in dict.fromkeys([*zip(common, common), *longer, (marks[-1], their_marks[-1])]):
         at = [x[:, marks == mine] for x in our_group], [x[:, their_marks == other] for x in their_group]
         yield (f"probability of improvement on {rival}@{other:.0f}", mine, improvement(*at)[0],
                *interval(improvement, *at)[:, 0])

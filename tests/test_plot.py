@@ -410,6 +410,7 @@ def test_summary(tmp_path, published):
             write_run(tmp_path / "fig2", [0, 2500, 5000], [1, 5 + seed, 9 + seed], env, "wombet", seed,
                       q_error=[3, 2, 1], length_mean=[9, 10 + seed, 20])
             write_run(tmp_path / "fig2", [2500, 5000, 10000], [0, 1, 5 + seed - shift], env, "sac", seed)
+    write_run(tmp_path / "fig2", [5000, 10000, 15000, 20000], [2, 8, 9.5, 0], name="ppo")
     write_run(tmp_path / "fig2", [5000], [2], name="scratch")  # as older runs, without step 0
     for name in ("stand", "stand-new", "stand-control", "backward"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
@@ -440,6 +441,9 @@ def test_summary(tmp_path, published):
     assert compared("fig2", "Hopper-v4", "probability of improvement on sac@5000", "5000")[0] == "1"
     assert compared("fig2", "Hopper-v4", "probability of improvement on sac@10000", "5000")[0] == "1"
     assert compared("fig2", "HalfCheetah-v4+Hopper-v4", "probability of improvement on sac@5000", "5000")[3] == "1"
+    # of a longer run at twice and at three times our steps, too
+    assert [compared("fig2", "Hopper-v4", f"probability of improvement on ppo@{step}", "5000")[0]
+            for step in (5000, 10000, 15000, 20000)] == ["1", "1", "0.5", "1"]
     # sac ends at 5.5, what wombet's mean is at 2,500; on HalfCheetah at 2.5, which one of 5 and 6 reaches too
     assert compared("fig2", "Hopper-v4", "steps to reach sac@10000", "5000") == ["2500", "", "", "2500", "5000", "2"]
     assert compared("fig2", "HalfCheetah-v4", "steps to reach sac@10000", "5000")[0] == "2500"
