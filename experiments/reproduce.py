@@ -280,7 +280,8 @@ def command(job):
     line = shlex.join(["python", job.script, *job.flags])
     if job.base:
         above, folder, base = map(shlex.quote, (str(Path(job.flags[1]).parent), job.flags[1], job.base))
-        line = f"mkdir -p {above} && {{ [ -d {folder} ] || cp -r {base} {folder}; }} && rm -f {folder}/done && {line}"
+        copy = f"{{ cp -r {base} {folder} && rm -f {folder}/done; }}"
+        line = f"mkdir -p {above} && {{ [ -d {folder} ] || {copy}; }} && {line}"
     return line
 
 

@@ -104,8 +104,8 @@ def test_list_prints_commands_one_a_line(capsys):
     assert "--alpha-rule fixed --alpha 0 --source-run runs/fig2/Hopper-v4__wombet__3 --out runs/control" in lines[1]
     assert "--no-prior --target-steps 25000 --out runs/fig2" in lines[2]
     copy = "runs/control/Hopper-v4__scratch-long__3"
-    assert lines[3:] == [f"mkdir -p runs/control && {{ [ -d {copy} ] || cp -r runs/fig2/Hopper-v4__scratch__3 {copy}; }} "
-                         f"&& rm -f {copy}/done && python wombet.py --resume {copy} --target-steps 75000"]
+    assert lines[3:] == [f"mkdir -p runs/control && {{ [ -d {copy} ] || {{ cp -r runs/fig2/Hopper-v4__scratch__3 {copy} "
+                         f"&& rm -f {copy}/done; }}; }} && python wombet.py --resume {copy} --target-steps 75000"]
 
 
 def test_a_listed_command_copies_from_a_folder_with_a_space(tmp_path, capsys):
@@ -119,8 +119,9 @@ def test_a_listed_command_copies_from_a_folder_with_a_space(tmp_path, capsys):
     assert subprocess.run(copy, shell=True, cwd=tmp_path).returncode == 0
     assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"] and [*tmp_path.iterdir()] == [out]
     (folder / "checkpoint.pt").write_text("online")  # as the run leaves it: a second time the line goes on from there
+    (folder / "done").touch()  # as the runner does
     assert subprocess.run(copy, shell=True, cwd=tmp_path).returncode == 0
-    assert (folder / "checkpoint.pt").read_text() == "online"
+    assert (folder / "checkpoint.pt").read_text() == "online" and (folder / "done").exists()
 
 
 README = (SCRIPT.parent / "README.md").read_text()
