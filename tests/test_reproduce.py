@@ -104,8 +104,8 @@ def test_list_prints_commands_one_a_line(capsys):
     assert "--alpha-rule fixed --alpha 0 --source-run runs/fig2/Hopper-v4__wombet__3 --out runs/control" in lines[1]
     assert "--no-prior --target-steps 25000 --out runs/fig2" in lines[2]
     base, copy = "runs/fig2/Hopper-v4__scratch__3", "runs/control/Hopper-v4__scratch-long__3"
-    assert lines[3:] == [f"mkdir -p runs/control && {{ [ -d {copy} ] || {{ cp -r {base} {copy} && rm -f {copy}/done; }}; "
-                         f"}} && python wombet.py --resume {copy} --target-steps 75000"]
+    assert lines[3:] == [f"mkdir -p runs/control && {{ [ -d {copy} ] || {{ cp -r {base} {copy} && rm -f {copy}/done; "
+                         f"}}; }} && python wombet.py --resume {copy} --target-steps 75000"]
 
 
 def test_a_listed_command_copies_from_a_folder_with_a_space(tmp_path, capsys):
