@@ -703,7 +703,7 @@ class Log:
 def log_and_generators(run):
     return {"rows": run.log.rows, "wall_clock": run.log.wall_clock, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(), "numpy_rng": run.rng.bit_generator.state,
-            "mps_rng": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+            **({"mps_rng": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {})}
 
 
 def load_log_and_generators(run, state):
@@ -715,7 +715,7 @@ def load_log_and_generators(run, state):
     # a source.pt from before commit 9487398 may lack it
     for i, rng in enumerate(state.get("cuda_rng", [])[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(rng.cpu(), i)
-    if state.get("mps_rng") is not None and torch.backends.mps.is_available():
+    if "mps_rng" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps_rng"].cpu())
 
 
