@@ -8,14 +8,14 @@ penalty on uncertainty: what is imagined is pushed down, what is seen is pushed 
     critic  E_(d_f) (Q_i(s, a) - y)^2 + beta (E_(s in d_f) log int exp Q_i(s, a') da' - E_(s, a in data) Q_i(s, a))
 
 Details as in OfflineRL-Kit's run_combo.py: rho is the mix, critics and actor have three layers, no entropy in y.
-Deviations: those of mopo.py's rollouts. Online (not in the paper): new steps join the data; the model stays.
+Deviations: those of mopo.py's rollouts. Online as mopo.py.
 """
 
 import sys
 
 import common  # before cql: it puts the repository's root on the path
 from cql import CQL, cql_arguments, cql_flags
-from mopo import MOPO, make_imagination, model_flags
+from mopo import MOPO, imagination_arguments, model_flags
 
 
 class COMBO(MOPO, CQL):
@@ -35,7 +35,7 @@ def check(args):
 
 
 def make_agent(args, env):
-    return COMBO(**cql_arguments(args, env), imagination=make_imagination(args, env))
+    return COMBO(**cql_arguments(args, env), **imagination_arguments(args, env))
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ on those steps and, to a share of `real_ratio`, on the data. u is the largest pr
 Deviation: u is in delta-normalised units, over sqrt(d), in which no large dimension drowns the others (the published
 lambdas, .5 to 5, are for raw units); all members roll out, not the best five, and stay within the data's range; 10,000
 rollouts at a time, not 50,000; no weight decay.
-Online (not in the paper): new steps join the data; the model stays as it is.
+Online (not in the paper): new steps join the data, and every `refit_every` of them the model is fit again on all of it.
 """
 
 import sys
@@ -43,14 +43,16 @@ class Imagination:
         self.buffer = ReplayBuffer(rollout_batch * rollout_length * retain, model.input_mean.device, obs=(d,),
                                    action=(action_dim,), reward=(), next_obs=(d,), terminated=(), uncertainty=())
 
-    def fit(self, buffer, note):
+    def fit(self, buffer, note=None, **others):
+        """Fits the model to the buffer; others win over `fit_kwargs`."""
         data = buffer.filled()
         # a file may not tell where a fall ended: `load_dataset` puts the observation itself there
         known = (data["next_obs"] != data["obs"]).any(1)
         obs, action, next_obs, reward = (data[key][known] for key in ("obs", "action", "next_obs", "reward"))
-        result = self.model.fit(obs, action, next_obs, reward[:, None], **self.fit_kwargs)
-        note(f"model fit on {known.sum():,} transitions: {result['epochs']} epochs, holdout MSE "
-             f"{result['holdout_mse']:.4f} of the variance")
+        result = self.model.fit(obs, action, next_obs, reward[:, None], **{**self.fit_kwargs, **others})
+        if note:
+            note(f"model fit on {known.sum():,} transitions: {result['epochs']} epochs, holdout MSE "
+                 f"{result['holdout_mse']:.4f} of the variance")
         return {"model_holdout_mse": result["holdout_mse"]}
 
     @torch.no_grad()
@@ -94,16 +96,23 @@ class Imagination:
 
 
 class MOPO(DelayedSAC):
-    """Args: imagination: Imagination with lambda. others: DelayedSAC's."""
+    """Args: imagination: Imagination with lambda. offline_updates: those after them are online, one a step.
+    refit_every: online steps between fits of the model, 0: none; refit_epochs: most epochs of one. others: DelayedSAC's.
+    """
 
     PARTS = (*DelayedSAC.PARTS, "imagination")
 
-    def __init__(self, obs_dim, action_dim, *, imagination, **others):
+    def __init__(self, obs_dim, action_dim, *, imagination, offline_updates=0, refit_every=0, refit_epochs=3, **others):
         super().__init__(obs_dim, action_dim, **others)
         self.imagination, self.prepare = imagination, imagination.fit
+        self.offline_updates, self.refit_every, self.refit_epochs = offline_updates, refit_every, refit_epochs
 
     def learn(self, buffer):
-        return self.learn_from(*self.imagination.batch(buffer, self.act, self.updates, self.batch_size))
+        online_step = self.updates + 1 - self.offline_updates
+        refits = self.refit_every and online_step > 0 and online_step % self.refit_every == 0
+        of_the_fit = self.imagination.fit(buffer, max_epochs=self.refit_epochs) if refits else {}
+        return {**self.learn_from(*self.imagination.batch(buffer, self.act, self.updates, self.batch_size)),
+                **of_the_fit}
 
 
 def model_flags(parser, real_ratio):
@@ -113,7 +122,9 @@ def model_flags(parser, real_ratio):
     g.add_argument("--model-layers", type=common.count, default=4, help="hidden layers")
     g.add_argument("--model-lr", type=common.positive, default=1e-3, help="learning rate")
     g.add_argument("--model-batch-size", type=common.count, default=256, help="transitions per member and step")
-    g.add_argument("--model-epochs", type=common.count, default=60, help="most epochs of the fit")
+    g.add_argument("--model-epochs", type=common.count, default=60, help="most epochs of the first fit")
+    g.add_argument("--refit-every", type=common.amount, default=1000, help="online steps between fits; 0: none")
+    g.add_argument("--refit-epochs", type=common.count, default=3, help="most epochs of such a fit, a warm start")
     g.add_argument("--rollout-length", type=common.count, default=5, help="steps of a rollout (published: 1 to 5)")
     g.add_argument("--rollout-batch", type=common.count, default=10_000, help="rollouts at a time")
     g.add_argument("--rollout-every", type=common.count, default=1000, help="updates between rollouts")
@@ -122,18 +133,21 @@ def model_flags(parser, real_ratio):
     return g
 
 
-def make_imagination(args, env, penalty_coef=0.0, uncertainty="aleatoric"):
+def imagination_arguments(args, env, penalty_coef=0.0, uncertainty="aleatoric"):
+    """What MOPO takes beside DelayedSAC's."""
     # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
     # coverage 0: lambda is of u as it is, as published
     model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
                        layers=args.model_layers, uncertainty_kind=uncertainty, coverage=0.0,
                        compile=args.speed["compile"], inference_dtype=args.speed["dtype"],
                        fit_dtype=args.speed["dtype"]).to(args.device)
-    return Imagination(model, env.task.terminated, rollout_batch=args.rollout_batch, penalty_coef=penalty_coef,
-                       rollout_length=args.rollout_length, rollout_every=args.rollout_every,
-                       retain=args.rollout_retain, real_ratio=args.real_ratio,
-                       fit_kwargs={"lr": args.model_lr, "batch_size": args.model_batch_size,
-                                   "max_epochs": args.model_epochs})
+    imagination = Imagination(model, env.task.terminated, rollout_batch=args.rollout_batch, penalty_coef=penalty_coef,
+                              rollout_length=args.rollout_length, rollout_every=args.rollout_every,
+                              retain=args.rollout_retain, real_ratio=args.real_ratio,
+                              fit_kwargs={"lr": args.model_lr, "batch_size": args.model_batch_size,
+                                          "max_epochs": args.model_epochs})
+    return {"imagination": imagination, "offline_updates": args.offline_updates, "refit_every": args.refit_every,
+            "refit_epochs": args.refit_epochs}
 
 
 def build_parser():
@@ -149,7 +163,7 @@ def build_parser():
 
 def make_agent(args, env):
     return MOPO(**sac_arguments(args, env), temperature_lr=args.actor_lr,
-                imagination=make_imagination(args, env, args.penalty_coef, args.uncertainty))
+                **imagination_arguments(args, env, args.penalty_coef, args.uncertainty))
 
 
 def main(argv=None):

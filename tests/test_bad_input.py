@@ -420,8 +420,7 @@ def test_missing_and_wrong_parts_of_a_checkpoint(runs, tmp_path, capsys, program
     folder = Path(shutil.copytree(runs[program], tmp_path / "run"))
     whole, tried = load(folder / "checkpoint.pt", "cpu", program), 0
     for path in paths_of(whole, 2):
-        state = load(runs[program] / "checkpoint.pt", "cpu", program)
-        parent = state
+        parent = state = {key: dict(part) if isinstance(part, dict) else part for key, part in whole.items()}
         for key in path[:-1]:
             parent = parent[key]
         old = parent.pop(path[-1])

@@ -21,7 +21,7 @@ from bc import BC
 from combo import COMBO
 from cql import CQL
 from iql import IQL, expectile_loss, reward_scale
-from mopo import MOPO, Imagination, make_imagination
+from mopo import MOPO, Imagination, imagination_arguments
 from ppo import PPO, RunningMoments, advantages, clipped_objective, clipped_value_loss
 from replay import ReplayBuffer
 from sac import DelayedSAC
@@ -344,7 +344,7 @@ def test_mopo_penalises_u_as_published():
     """WOMBET's model scales u to cover its error; MOPO's lambda is of u as it is."""
     args = importlib.import_module("mopo").build_parser().parse_args(["--device", "cpu"])
     args.speed = {"compile": False, "dtype": "float32"}
-    assert make_imagination(args, TaskEnv("Hopper-v4")).model.coverage == 0
+    assert imagination_arguments(args, TaskEnv("Hopper-v4"))["imagination"].model.coverage == 0
 
 
 def test_mopo_and_combo_mix_data_and_imagined_steps():
@@ -369,6 +369,22 @@ def test_a_fall_whose_end_the_file_does_not_tell_is_not_fit(monkeypatch):
     assert left["model_holdout_mse"] == buffer.size - 1
 
 
+@pytest.mark.parametrize("method", ["mopo", "combo"])
+@pytest.mark.parametrize("every, sizes", [(20, [300, 320, 340]), (0, [300])])
+def test_online_the_model_is_refit_on_the_new_steps_too(dataset, tmp_path, monkeypatch, method, every, sizes):
+    seen, original = [], WorldModel.fit
+
+    def watched(model, obs, *rest, max_epochs, **others):
+        seen.append((len(obs), max_epochs))
+        return original(model, obs, *rest, max_epochs=max_epochs, **others)
+
+    monkeypatch.setattr(WorldModel, "fit", watched)
+    code, folder = run(method, tmp_path, dataset, "--refit-every", every, "--refit-epochs", 1)
+    assert code == 0 and seen == [(size, 2 if i == 0 else 1) for i, size in enumerate(sizes)]
+    *before, at_40, at_50 = [row["model_holdout_mse"] for row in rows(folder)]
+    assert len({*before}) == 1 and at_40 == at_50 and (at_40 == before[0]) == (not every)  # the model's of that time
+
+
 def test_combo_pushes_data_up_and_the_mix_down(monkeypatch):
     """The gap is the mix's log integral less Q on the data rows alone."""
     imagination = Imagination(constant_model([[0.1, 1.0]] * 2), lambda obs: obs[:, 0] > 99, **SHORT)
@@ -391,7 +407,7 @@ TINY = "--eval-every 40 --eval-episodes 1 --checkpoint-every 30 --hidden 16 --de
 TINY_ONLINE = [*TINY, "--target-steps", "100"]
 TINY_OFFLINE = [*TINY, "--offline-updates", "60", "--online-steps", "50", "--batch-size", "16"]
 TINY_MODEL = """--members 2 --model-hidden 16 --model-layers 1 --model-epochs 2 --rollout-batch 20 --rollout-length 2
-                --rollout-every 10""".split()
+                --rollout-every 10 --refit-every 20""".split()
 EXTRA = {"sac": ["--random-steps", "30", "--batch-size", "16"], "td3": ["--random-steps", "30", "--batch-size", "16"],
          "ppo": ["--rollout-steps", "32", "--minibatches", "2", "--epochs", "2"], "bc": ["--critic-steps", "10"],
          "cql": ["--cql-actions", "2"], "mopo": TINY_MODEL, "combo": [*TINY_MODEL, "--cql-actions", "2"]}
