@@ -221,9 +221,9 @@ def preset(b):
 
 
 def shift(b):
-    """A source task further away: WOMBET, its control, a new agent given both kinds of data, imagined alone, or real
-    alone, and the offline methods on D_S; scratch: fig2's."""
-    others = {"control": NOTHING_IMAGINED, "new": ("--no-warm-start",),
+    """A source task further away: WOMBET, its control, the source's agent without its real data, a new agent given both
+    kinds of data, imagined alone, or real alone, and the offline methods on D_S; scratch: fig2's."""
+    others = {"control": NOTHING_IMAGINED, "nokeep": ("--no-keep-source-data",), "new": ("--no-warm-start",),
               **{f"new-{name}": flags for name, flags in ALONE.items()}}
     for kind in ("backward", "stand"):
         for env in b.pair:

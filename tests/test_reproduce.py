@@ -84,7 +84,7 @@ def test_the_grid_is_the_issues():
     assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
     assert count("fig5", "half") == count("fig5", "tenth") == 12 and count("preset", "preset") == 12
     assert [count("shift", f"{kind}-{name}") for kind in ("backward", "stand")
-            for name in ("control", "new", "new-model", "new-data", "iql")] == [6] * 10
+            for name in ("control", "nokeep", "new", "new-model", "new-data", "iql")] == [6] * 12
     assert [count("fig6", f"filter-{kind}") for kind in ("dual", "return", "uncertainty", "none")] == [12] * 4
     # what a run needs, a run before it leaves
     for i, job in enumerate(jobs):
