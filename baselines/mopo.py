@@ -7,11 +7,11 @@ in it for a few steps from states of the data, each step by a member drawn at ra
 
     r~(s, a) = r(s, a) - lambda u(s, a)                                     (algorithm 2)
 
-on those steps and, to a share of `real_ratio`, on the data. u is the largest predicted standard deviation of a member.
+on those steps and, to a share of `real_ratio`, on the data. u is the largest of the members' predicted standard
+deviations of (s', r), each the length of a vector in the environment's units.
 
-Deviation: u is in delta-normalised units, over sqrt(d), in which no large dimension drowns the others (the published
-lambdas, .5 to 5, are for raw units); all members roll out, not the best five, and stay within the data's range; 10,000
-rollouts at a time, not 50,000; no weight decay.
+Deviation: all members roll out, not the best five, and stay within the data's range; 10,000 rollouts at a time, not
+50,000; no weight decay; at most 60 epochs.
 Online (not in the paper): new steps join the data, and every `refit_every` of them the model is fit again on all of it.
 """
 
@@ -65,7 +65,7 @@ class Imagination:
         next_obs = drawn[:, : self.model.obs_dim].clamp(self.model.obs_low, self.model.obs_high)
         reward = drawn[:, self.model.obs_dim]
         if self.penalty_coef:
-            reward = reward - self.penalty_coef * self.model.uncertainty(obs, action)
+            reward = reward - self.penalty_coef * std.norm(dim=-1).amax(0)
         return next_obs, reward
 
     def roll_out(self, policy, obs):
@@ -133,14 +133,13 @@ def model_flags(parser, real_ratio):
     return g
 
 
-def imagination_arguments(args, env, penalty_coef=0.0, uncertainty="aleatoric"):
+def imagination_arguments(args, env, penalty_coef=0.0):
     """What MOPO takes beside DelayedSAC's."""
     # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
-    # coverage 0: lambda is of u as it is, as published
+    # coverage 0: the model's own u is not used, so nothing scales it
     model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
-                       layers=args.model_layers, uncertainty_kind=uncertainty, coverage=0.0,
-                       compile=args.speed["compile"], inference_dtype=args.speed["dtype"],
-                       fit_dtype=args.speed["dtype"]).to(args.device)
+                       layers=args.model_layers, coverage=0.0, compile=args.speed["compile"],
+                       inference_dtype=args.speed["dtype"], fit_dtype=args.speed["dtype"]).to(args.device)
     imagination = Imagination(model, env.task.terminated, rollout_batch=args.rollout_batch, penalty_coef=penalty_coef,
                               rollout_length=args.rollout_length, rollout_every=args.rollout_every,
                               retain=args.rollout_retain, real_ratio=args.real_ratio,
@@ -155,7 +154,6 @@ def build_parser():
     g = common.agent_flags(parser, "MOPO", actor_lr=1e-4, critic_lr=3e-4, batch_size=256, hidden=256, layers=2,
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None)
     g.add_argument("--penalty-coef", type=common.nonnegative, default=2.5, help="lambda, reward per unit of u")
-    g.add_argument("--uncertainty", default="aleatoric", choices=WorldModel.UNCERTAINTIES, help="u(s, a), normalised")
     sac_switches(g, backup_entropy=True)
     model_flags(parser, real_ratio=0.05)
     return parser
@@ -163,7 +161,7 @@ def build_parser():
 
 def make_agent(args, env):
     return MOPO(**sac_arguments(args, env), temperature_lr=args.actor_lr,
-                **imagination_arguments(args, env, args.penalty_coef, args.uncertainty))
+                **imagination_arguments(args, env, args.penalty_coef))
 
 
 def main(argv=None):
