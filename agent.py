@@ -130,7 +130,7 @@ class SAC:
             Deviation 14: the mean is the default of wombet.py.
         penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
         floor_penalty: it takes no reward below 0, see `target`.
-        dtype: "float32", or "bfloat16" for the products between hidden layers in learning (acting stays float32).
+        dtype: "float32", or "bfloat16" for products in learning, but the first layers' (acting stays float32).
         compile: torch.compile the gradients: one fused program for a critic step and one for the actor's.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
         actor_average: rate of the actor's exponential average over its updates (Polyak and Juditsky, 1992), which is
@@ -220,10 +220,11 @@ class SAC:
         """Robust Bellman target y (B,) of eqs. 7 and 9, for a batch with next actions.
 
         y = r - lambda u + gamma (1 - terminated) (min_i Q_i(s', a') - temperature log pi(a'|s')), Q_i the target
-        networks; subset (M,): the critics under the minimum, None: all N. u is 0 on real data.
+        networks; subset (M,): the critics under the minimum, None: all N. u is 0 outside D_S.
 
         Deviation 18: max(r - lambda u, min(r, 0)) in place of r - lambda u (`floor_penalty`). What follows a fall is
-        worth 0, so where uncertain steps are worth less, the agent learns to fall. A negative r loses nothing.
+        worth 0, so where uncertain steps are worth less, the agent learns to fall. A negative r loses nothing, so
+        where all are (Pusher, Reacher), no penalty is left.
         """
         value = self.target_critic(batch["next_obs"], batch["next_action"], subset).amin(0)
         if self.backup_entropy:
@@ -250,8 +251,9 @@ class SAC:
         return loss, log_prob.detach().mean()
 
     def temperature_loss(self, log_prob):
-        """SAC's: the temperature falls while the entropy -log_prob is above `target_entropy`, and rises below it."""
-        return self.log_temperature.exp() * (-log_prob - self.target_entropy)
+        """SAC's: the temperature falls while the entropy -log_prob is above `target_entropy`, and rises below it. It
+        stays where the actor's loss has no entropy term, for nothing would raise the entropy."""
+        return self.actor_entropy * self.log_temperature.exp() * (-log_prob - self.target_entropy)
 
     # How it is learned: gradients (what --fast compiles) and optimiser steps.
 
@@ -288,7 +290,7 @@ class SAC:
         loss, log_prob = self.actor_loss(obs, noise)
         total = loss + self.temperature_loss(log_prob)  # they share no parameter
         return torch.autograd.grad(total, self.actor_parameters), {
-            "actor_loss": loss.detach(), "entropy": -log_prob, "temperature": self.log_temperature.exp().detach()}
+            "actor_loss": loss.detach(), "temperature": self.log_temperature.exp().detach()}
 
     PARTS = ("actor", "average_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
 

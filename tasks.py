@@ -248,7 +248,7 @@ class TaskEnv:
             raise ValueError(f"{env_id} has actions from {space.low.min():g} to {space.high.max():g}; its action_space "
                              "needs finite bounds, for actions in [-1, 1] are stretched to them")
         self.action_mid, self.action_scale = (space.high + space.low) / 2, (space.high - space.low) / 2
-        self.env_id, self.source = env_id, source
+        self.source = source
         self.obs_dim, self.action_dim = seen.shape[0], space.shape[0]
         self.n_features, self.max_steps = len(self.task.FEATURES), self.env.spec.max_episode_steps
         if self.max_steps is None:

@@ -71,7 +71,7 @@ def build_parser():
     g.add_argument("--offline-capacity", type=count, default=50_000, help="transitions in D_S, which keeps the newest")
     g.add_argument("--refit-every", type=amount, default=1000, help="target steps between fits of the model; 0: none")
     g.add_argument("--refit-epochs", type=count, default=3, help="most epochs of such a fit, a warm start")
-    g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit the model on D_S and D_T alone")
+    g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit on D_S and the target's buffer alone")
 
     g = parser.add_argument_group("the first D_S: generating and filtering (section 4.3, eq. 6)")
     g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
@@ -129,10 +129,10 @@ def build_parser():
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
     # Deviation 5: the paper has one lambda; a plan's and a target's are one value here, too, but can be set apart
     g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
-    g.add_argument("--floor-penalty", **SWITCH, default=True, help="that penalty takes no reward below 0")
+    g.add_argument("--floor-penalty", **SWITCH, default=True, help="it takes a reward's positive part at most")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
-                   "training episodes of so many steps returned most; 0: the last one")
+                   "training episodes of so many steps returned most; 0, or without such: the last one")
     return parser
 
 
@@ -147,8 +147,11 @@ PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", 
 
 
 def check_args(args):
-    require(args.alpha_rule == "fixed" or args.alpha == build_parser().get_default("alpha"),
-            f"--alpha {args.alpha} needs --alpha-rule fixed")
+    for name, flag, modes in (("alpha", "alpha_rule", ("fixed",)), ("alpha_gain", "alpha_rule", ("adaptive",)),
+                              ("return_threshold", "filter", ("dual", "return")),
+                              ("u_threshold", "filter", ("dual", "uncertainty"))):
+        require(vars(args)[flag] in modes or vars(args)[name] == build_parser().get_default(name),
+                f"{as_flag(name, vars(args)[name])} needs {as_flag(flag, ' or '.join(modes))}")
     require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
             f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
@@ -217,8 +220,7 @@ def build(args, run_dir, state=None):
     run.target = side(None, pooled + args.target_steps, 0)
     run.mix = AdaptiveMix(args.alpha_gain, args.alpha_min, args.alpha_max, args.alpha_ema,
                           args.alpha if args.alpha_rule == "fixed" else None, args.td_error == "signed")
-    run.offline_data = run.source = run.model = None
-    env = run.target.env
+    run.offline_data, run.source, run.model, env = None, None, None, run.target.env
     if args.offline_data and state:  # the checkpoint has the file's rows
         with must_fit("the checkpoint", "these flags"):
             run.offline_data = ReplayBuffer(len(state["offline_data"]["rows"]["obs"]), args.device, **env.shapes)
@@ -260,9 +262,7 @@ def state_dict(run):
         if (side := getattr(run, name)) is not None:
             state[name] = {part: getattr(side, part).state_dict() for part in ("env", "agent", "buffer")}
             state[name].update({key: getattr(side, key) for key in SIDE_VALUES})
-    for name in ("model", "offline_data"):
-        if (part := getattr(run, name)) is not None:
-            state[name] = part.state_dict()
+    state.update({n: getattr(run, n).state_dict() for n in ("model", "offline_data") if getattr(run, n) is not None})
     return state
 
 
@@ -413,7 +413,7 @@ def pretrain(run):
 
 
 def fit(run, epochs):
-    """Fits the model (section 4.1) on all real data: the source's and, later, D_T."""
+    """Fits the model (section 4.1) on the real data of both tasks, or, `refit_on_imagined`, of the target's and D_S."""
     args, began = run.args, time.time()
     # rows are only ever appended, so that what the fit holds out stays held out
     target, imagined = run.target.buffer.filled(), []
@@ -502,7 +502,7 @@ def generate(run):
 def imagine_mpc(run):
     """Trajectories of penalised MPC in the model, or in real source environments, N at once."""
     args, source, n = run.args, run.source, run.args.imagined_trajectories
-    length = min(args.imagined_length, source.env.max_steps or args.imagined_length)
+    length = min(args.imagined_length, source.env.max_steps)
     if args.generate_in == "env":
         envs = [source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
         starts = torch.as_tensor(np.stack([env.reset() for env in envs]), device=args.device)

@@ -22,7 +22,8 @@ class WorldModel(nn.Module):
         coverage: each fit scales u such that it is at or above the true error for this share of held-out transitions
             (split-conformal calibration), so that eq. 2's assumption W_1 <= u holds for them; 0: u as it is.
             Deviation 4: the paper assumes it of the ensemble as it is.
-        margin: imagined observations are kept within the data's range, widened on each side by this share of it.
+        margin: imagined observations are kept within the range of the last fit's data, widened on each side by this
+            share of it.
         inference_dtype: "float32", or "bfloat16" for the products of `step` and `uncertainty`: 1.7 times as fast where
             the processor has them; the means move by .002 normalised units, a fortieth of a good model's error.
         fit_dtype: the same, of the products in fitting. compile: torch.compile the gradients of a fit.

@@ -97,7 +97,8 @@ class Imagination:
 
 class MOPO(DelayedSAC):
     """Args: imagination: Imagination with lambda. offline_updates: those after them are online, one a step.
-    refit_every: online steps between fits of the model, 0: none; refit_epochs: most epochs of one. others: DelayedSAC's.
+    refit_every: online steps between fits of the model, 0: none. refit_epochs: most epochs of such a fit. others:
+    DelayedSAC's.
     """
 
     PARTS = (*DelayedSAC.PARTS, "imagination")

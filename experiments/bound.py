@@ -70,7 +70,7 @@ def check(run, episodes, length, every):
     envs, probe = [source.make_env(seed=i) for i in range(episodes)], source.make_env()
     obs, step = torch.as_tensor(np.stack([env.reset() for env in envs])), lockstep(envs, run.model.uncertainty)
     running, rows, mpc = torch.ones(episodes, dtype=torch.bool), [], wombet.planner(run)
-    for t in range(min(length, source.env.max_steps or length)):
+    for t in range(min(length, source.env.max_steps)):
         action = mpc.act(obs)
         if t % every == 0 and t + horizon <= length:
             sequences = {"plan": mpc.plan(obs)[0]}

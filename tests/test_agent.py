@@ -283,6 +283,14 @@ def test_state_dict_continues_identically():
     assert len(results[0]) > 50 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_without_entropy_in_the_actors_loss_the_temperature_stays():
+    """Nothing would raise the entropy then, so it would grow for ever, and with it the critics' target."""
+    sac = SAC(3, 2, hidden=(8,), init_temperature=0.5, actor_entropy=False, lr=0.1)
+    for _ in range(5):
+        info = sac.update_actor(torch.randn(16, 3))
+    assert info["temperature"] == pytest.approx(0.5) and sac.log_temperature.exp().item() == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("actor_entropy", [True, False])
 def test_entropy_in_the_actors_loss(actor_entropy):
     sac = SAC(3, 2, hidden=(8,), init_temperature=0.5, actor_entropy=actor_entropy)
