@@ -130,7 +130,8 @@ class SAC:
             Deviation 14: the mean is the default of wombet.py.
         penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
         floor_penalty: it takes no reward below 0, see `target`.
-        dtype: "float32", or "bfloat16" for products in learning, but the first layers' (acting stays float32).
+        dtype: "float32", or "bfloat16" in learning, for the products between hidden layers and the actor's last one
+            (acting stays float32).
         compile: torch.compile the gradients: one fused program for a critic step and one for the actor's.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
         actor_average: rate of the actor's exponential average over its updates (Polyak and Juditsky, 1992), which is
