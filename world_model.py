@@ -115,7 +115,7 @@ class WorldModel(nn.Module):
         std: |std_i mean_i| / sqrt(d), over the d target dimensions that vary. Deviation 3: a distance, as eq. 2 needs.
         variance: mean over dimensions of var_i mean_i (section 4.3's "predictive variance").
         max-distance: max_i |mean_i - mean| / sqrt(d).
-        aleatoric: max_i |std_i(s, a)| / sqrt(d), MOPO's penalty; not epistemic.
+        aleatoric: max_i |std_i(s, a)| / sqrt(d), MOPO's penalty but for its units; not epistemic.
         """
         inputs = torch.cat([obs, action], -1)
         return self._disagreement(self._means(inputs, self.inference_dtype), inputs)

@@ -137,10 +137,11 @@ def model_flags(parser, real_ratio):
 def imagination_arguments(args, env, penalty_coef=0.0):
     """What MOPO takes beside DelayedSAC's."""
     # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
-    # coverage 0: the model's own u is not used, so nothing scales it
+    # the model's own u is not used: of a kind that a single member has, and not scaled
     model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
-                       layers=args.model_layers, coverage=0.0, compile=args.speed["compile"],
-                       inference_dtype=args.speed["dtype"], fit_dtype=args.speed["dtype"]).to(args.device)
+                       layers=args.model_layers, uncertainty_kind="aleatoric", coverage=0.0,
+                       compile=args.speed["compile"], inference_dtype=args.speed["dtype"],
+                       fit_dtype=args.speed["dtype"]).to(args.device)
     imagination = Imagination(model, env.task.terminated, rollout_batch=args.rollout_batch, penalty_coef=penalty_coef,
                               rollout_length=args.rollout_length, rollout_every=args.rollout_every,
                               retain=args.rollout_retain, real_ratio=args.real_ratio,

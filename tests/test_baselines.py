@@ -605,7 +605,7 @@ SWITCHES = [("sac", "--no-backup-entropy"), ("sac", "--layer-norm"), ("sac", "--
             ("iql", "--no-cosine-lr"), ("iql", "--no-scale-rewards"), ("iql", "--expectile=0.9"), ("iql", "--beta=0"),
             ("iql", "--source-rewards"), ("awac", "--awac-lambda=0.1"), ("cql", "--cql-alpha=0"),
             ("cql", "--backup-entropy"), ("mopo", "--penalty-coef=0"), ("mopo", "--real-ratio=0.5"),
-            ("combo", "--real-ratio=0.9")]
+            ("mopo", "--members=1"), ("combo", "--members=1"), ("combo", "--real-ratio=0.9")]
 
 
 @pytest.mark.parametrize("method, flag", SWITCHES)
