@@ -23,7 +23,7 @@ def affine(x, weight, bias, dtype=torch.float32):
 
 
 def soft_bounds(x, low, high):
-    """x within [low, high], first from above; a clamp has no gradient, and what is beyond it would stay there."""
+    """x softly within [low, high]: beyond a clamp there is no gradient that leads back."""
     return low + F.softplus(high - F.softplus(high - x) - low)
 
 
@@ -64,7 +64,7 @@ class Actor(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """N critics Q_i(s, a) = w_i . psi_i(s, a), psi = ReLU(LayerNorm(.)), as one batched network (section 4.5).
+    """N critics Q_i(s, a) = w_i . psi_i(s, a) + b_i, psi = ReLU(LayerNorm(.)), as one batched network (section 4.5).
 
     LayerNorm's gain and bias are each critic's own. By eq. 8, |Q_i - b_i| <= |w_i| |psi_i|, and LayerNorm bounds
     |psi_i| for any input.
@@ -199,7 +199,7 @@ class SAC:
             slice's rows the first n_offline are from D_S.
 
         Returns a dict of scalar tensors; td_error and signed_td_error are the means of |mean_i Q_i - y| and of
-        mean_i Q_i - y over the online rows, before the updates (NaN where there are none).
+        mean_i Q_i - y over the online rows, of each slice before its update (NaN where there are none).
         """
         slices, batch = len(batch["obs"]), self.with_next_action(batch)
         infos = [self.update_critic({key: values[k] for key, values in batch.items()}, n_offline)

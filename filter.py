@@ -13,7 +13,7 @@ def score_trajectories(reward, uncertainty, valid, terminated, discount):
     Returns J (N,), u_bar (N,); a trajectory without a valid step has J = -inf and u_bar = inf.
 
     Deviation 7: a trajectory that was cut short without having terminated is scored as if its mean discounted reward
-    had gone on for all T steps: a short one would else pass for its brevity where rewards are negative.
+    had gone on for all T steps: where rewards are negative, a short one would else pass because it is short.
     """
     valid = valid.to(reward.dtype)
     steps = valid.sum(1)
@@ -33,6 +33,9 @@ def thresholds(returns, mean_u, return_percentile, u_percentile, return_threshol
 
     Where no trajectory meets both, which mode "dual" asks for, a J_th that is not given is that percentile of those
     that meet u_th.
+
+    Args: returns, mean_u: (N,), from `score_trajectories`. Returns the pair (J_th, u_th), floats. Raises ValueError
+    where no trajectory has a valid step.
     """
     some = returns.isfinite() & mean_u.isfinite()
     if not some.any():

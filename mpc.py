@@ -34,11 +34,11 @@ def coloured_noise(shape, beta, device="cpu"):
 
 
 class MPC:
-    """CEM over action sequences in [-1, 1], maximising the penalised return of eqs. 3 and 4,
+    """CEM over action sequences in [-1, 1], maximising the return of eq. 1 with the penalty of eqs. 3 and 4,
 
         sum_k gamma^k (r(s_k, a_k) - lambda u(s_k, a_k))  [+ gamma^H V(s_H)],
 
-    in which nothing is earned after a predicted termination.
+    in which nothing is earned after a predicted termination; eqs. 3 to 5 have no gamma.
 
     Args:
         horizon: H steps. population: candidates drawn in an iteration. elites: how many refit the distribution.

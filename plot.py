@@ -510,8 +510,8 @@ def summarise(args):
     """Every number of the topics (folders of run folders) in or among args.folders -> rows, a header first.
 
     WOMBET is compared with every other group of a topic, and is fig2's where the topic has none; in the topic shift,
-    each agent from a source task, <source> and <source>-new…, is compared with all from there, and with fig2's scratch;
-    in parts, the new agents with one another and with fig2's scratch.
+    each agent from a source task, <source> and <source>-new…, is compared with all from there, and with fig2's scratch,
+    as is <source>-control; in parts, the new agents with one another and with fig2's scratch.
     """
     scale = args.normalise or "td3-1m"
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
@@ -541,12 +541,13 @@ def summarise(args):
             known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
             pairs = [("wombet", label) for label in labels]
             if topic == "parts" and phase == "target":
-                pairs += [("model", "data"), ("model", "scratch"), ("data", "scratch")]
+                pairs += [("model", "data"), ("model", "first"), *((name, "scratch") for name in labels if name != "wombet")]
             if topic == "shift":
                 rivals = [*labels, "scratch"] if phase == "target" else labels
                 agents = [re.fullmatch(r"(\w+)(-new.*)?", name) for name in found[topic, "target"].get(env, {})]
                 pairs = [(agent[0], rival) for agent in filter(None, agents) for rival in rivals
                          if rival.split("-")[0] in (agent[1], "scratch")]
+                pairs += [(name, "scratch") for name in rivals if name.endswith("-control")]
             for name, rival in pairs:
                 for column in ("normalised" if "+" in env else "return_mean", "length_mean"):
                     ours, theirs = known.get(name, {}).get(column), {**known, **labels}.get(rival, {}).get(column)

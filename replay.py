@@ -19,7 +19,8 @@ class ReplayBuffer:
         self.data = {key: torch.zeros((capacity, *shape), device=device) for key, shape in shapes.items()}
 
     def add(self, **entries):
-        """Appends one transition (entries of the keys' shapes) or n (with a leading dimension n <= capacity)."""
+        """Appends one transition (entries of the keys' shapes) or n (with a leading dimension n); ValueError where n is
+        above the capacity."""
         first = next(iter(self.data))
         single = torch.as_tensor(entries[first]).dim() == self.data[first].dim() - 1
         n = 1 if single else len(entries[first])

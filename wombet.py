@@ -53,7 +53,7 @@ def build_parser():
     g.add_argument("--warm-start", **SWITCH, default=True, help="the target's agent starts as the source's, not anew")
     g.add_argument("--keep-source-data", **SWITCH, default=True, help="the source's real data, relabelled, join D_T's")
     g.add_argument("--pretrain-updates", type=amount, default=0, help="critic updates before the first target "
-                   "step; --eval-every and --checkpoint-every count these there, --imagine-every the actor's")
+                   "step; there --eval-every and --checkpoint-every count them, --imagine-every actor updates")
     g.add_argument("--alpha-rule", default="adaptive", choices=("adaptive", "fixed"), help="share of D_S in a batch")
     g.add_argument("--alpha", type=fraction, default=0.5, help="the share with --alpha-rule fixed; 0: no imagination")
     g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="adaptive: clip(gain * TD error, min, max)")
@@ -74,10 +74,10 @@ def build_parser():
     g.add_argument("--refit-on-imagined", **SWITCH, default=False, help="refit on D_S and the target's buffer alone")
 
     g = parser.add_argument_group("the first D_S: generating and filtering (section 4.3, eq. 6)")
-    g.add_argument("--generate-in", default="model", choices=("model", "env"), help="where trajectories are rolled out")
+    g.add_argument("--generate-in", default="model", choices=("model", "env"), help="env: by more real source steps")
     g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories in a round of MPC")
-    g.add_argument("--imagined-length", type=count, default=200, help="their length, steps")
-    g.add_argument("--reset-share", type=fraction, default=0.5, help="share from resets (model); others: source data")
+    g.add_argument("--imagined-length", type=count, default=200, help="their length, steps; at most an episode")
+    g.add_argument("--reset-share", type=fraction, default=0.5, help="model: share from resets; others: source data")
     g.add_argument("--trust-percentile", type=percent, default=99.0, help="percentile of real u that cuts; 0: never")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
@@ -93,7 +93,7 @@ def build_parser():
     g.add_argument("--momentum", type=fraction, default=0.1, help="share of the old mean and std kept by a refit")
     g.add_argument("--init-std", type=positive, default=0.3, help="std of the first iteration, actions in [-1, 1]")
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
-    g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates")
+    g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates, 1 at least")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
     g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
                    "moves a candidate, or each member does and returns are averaged")
@@ -130,9 +130,9 @@ def build_parser():
     # Deviation 5: the paper has one lambda; a plan's and a target's are one value here, too, but can be set apart
     g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--floor-penalty", **SWITCH, default=True, help="it takes a reward's positive part at most")
-    g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before learning without D_S")
-    g.add_argument("--snapshot-window", type=amount, default=2000, help="the source agent goes on whose "
-                   "training episodes of so many steps returned most; 0, or without such: the last one")
+    g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before the very first update")
+    g.add_argument("--snapshot-window", type=amount, default=2000, help="so many steps' training episodes tell which "
+                   "source agent goes on, the one of the highest return; 0, or too few steps: the last one")
     return parser
 
 
@@ -147,9 +147,9 @@ PAPER = {"warm_start": False, "keep_source_data": False, "imagine_with": "mpc", 
 
 
 def check_args(args):
-    for name, flag, modes in (("alpha", "alpha_rule", ("fixed",)), ("alpha_gain", "alpha_rule", ("adaptive",)),
-                              ("return_threshold", "filter", ("dual", "return")),
-                              ("u_threshold", "filter", ("dual", "uncertainty"))):
+    for name, flag, modes in (("alpha", "alpha_rule", ("fixed",)), ("return_threshold", "filter", ("dual", "return")),
+                              ("u_threshold", "filter", ("dual", "uncertainty")),
+                              *((n, "alpha_rule", ("adaptive",)) for n in ("alpha_gain", "alpha_min", "alpha_max"))):
         require(vars(args)[flag] in modes or vars(args)[name] == build_parser().get_default(name),
                 f"{as_flag(name, vars(args)[name])} needs {as_flag(flag, ' or '.join(modes))}")
     require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
@@ -299,7 +299,7 @@ def load_state_dict(run, state):
 def reuse_source(run, source_run):
     """The source phase of another run: its agent, its data, its model, and its generators' states, so that a run of
     the same seed, flags and speed goes on as that one did."""
-    # what the source phase's state depends on, and what acts in the source phase alone
+    # what sets the sizes and the meaning of its state, and what acts in the source phase alone
     names = ("env", "source", "seed", "episode_steps", "critics", "hidden", "layer_norm", "discount", "members",
              "model_hidden", "model_layers", "model_epochs", "snapshot_window", "random_steps", "init_temperature")
     quantities = [key for key in vars(run.args) if key.startswith("source_") and key != "source_run"]

@@ -27,6 +27,8 @@ class WorldModel(nn.Module):
         inference_dtype: "float32", or "bfloat16" for the products of `step` and `uncertainty`: 1.7 times as fast where
             the processor has them; the means move by .002 normalised units, a fortieth of a good model's error.
         fit_dtype: the same, of the products in fitting. compile: torch.compile the gradients of a fit.
+
+    Raises ValueError for an unknown `uncertainty_kind`, and for one member where u is their disagreement.
     """
 
     UNCERTAINTIES = ("std", "variance", "max-distance", "aleatoric")
@@ -249,8 +251,9 @@ class WorldModel(nn.Module):
     def _normalise(self, inputs, targets, obs):
         self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
         input_std, target_std = inputs.std(0), targets.std(0)
-        # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean; one that hardly
-        # varies by a thousandth of its values or of what the others vary by, lest a small change be out of all bounds
+        # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean; one that varies
+        # little is divided by a thousandth of its largest value, or of the others' median std where that is larger: a
+        # tiny std would turn a small change into a huge input
         others = torch.where(input_std > 1e-6, input_std, math.nan).nanmedian()
         scale = torch.maximum(inputs.abs().amax(0), others)
         self.input_std = torch.where(input_std > 1e-6, input_std.maximum(1e-3 * scale), torch.ones_like(input_std))

@@ -136,8 +136,8 @@ def model_flags(parser, real_ratio):
 
 def imagination_arguments(args, env, penalty_coef=0.0):
     """What MOPO takes beside DelayedSAC's."""
-    # Deviation: every other environment quantity is learned, as published, but the termination rule is the task's
-    # the model's own u is not used: of a kind that a single member has, and not scaled
+    # the termination rule is the task's, as published; the model's own u is not used, so it is of the kind that one
+    # member has, too, and not scaled
     model = WorldModel(env.obs_dim, env.action_dim, 1, members=args.members, hidden=args.model_hidden,
                        layers=args.model_layers, uncertainty_kind="aleatoric", coverage=0.0,
                        compile=args.speed["compile"], inference_dtype=args.speed["dtype"],

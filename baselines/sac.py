@@ -38,10 +38,10 @@ class DelayedSAC(SAC):
     def learn(self, buffer):
         return self.learn_from(buffer.sample(self.batch_size))
 
-    def learn_from(self, batch, n_offline=0):
+    def learn_from(self, batch, n_data=0):
         """One critic step, and in every `policy_delay`-th call as many actor and temperature steps; of the batch's rows
-        the first n_offline are from a dataset."""
-        info = self.update_critic(self.with_next_action(batch), n_offline)
+        the first n_data are from a dataset, which makes a difference to a subclass alone (CQL)."""
+        info = self.update_critic(self.with_next_action(batch))
         self.updates += 1
         if self.updates % self.policy_delay == 0:
             for _ in range(self.policy_delay):
@@ -72,7 +72,7 @@ def build_parser():
     parser = common.online_parser(__doc__, "sac", steps=100_000)
     g = common.agent_flags(parser, "SAC", actor_lr=3e-4, critic_lr=1e-3, batch_size=256, hidden=256, layers=2,
                            discount=0.99, polyak=0.005, init_temperature=1.0, target_entropy=None, random_steps=5000)
-    g.add_argument("--policy-delay", type=common.count, default=2, help="critic steps between the actor's")
+    g.add_argument("--policy-delay", type=common.count, default=2, help="critic steps, then as many of the actor")
     g.add_argument("--save-dataset", action="store_true", help="write the replay buffer to dataset.npz at the end")
     sac_switches(g, backup_entropy=True)
     return parser

@@ -132,13 +132,15 @@ def control(b):
 # a new agent to which one thing crosses: imagined data (the paper's transfer; it takes more of them), or real data
 ALONE = {"model": ("--no-warm-start", "--no-keep-source-data", "--alpha-gain", 0.3),
          "data": ("--no-warm-start", *NOTHING_IMAGINED)}
+# imagined data again, but the first D_S is all: what do the rounds add?
+FIRST = (*ALONE["model"], "--imagine-every", 0)
 
 
 def parts(b):
-    """A new agent in the target task, given what is imagined alone, or the real data alone."""
+    """A new agent in the target task, given what is imagined alone, the first D_S alone, or the real data alone."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
-        for name, flags in ALONE.items():
+        for name, flags in {**ALONE, "first": FIRST}.items():
             yield from (variant(b, "parts", name, env, seed, *flags) for seed in b.few)
 
 

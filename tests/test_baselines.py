@@ -357,6 +357,14 @@ def test_mopo_and_combo_mix_data_and_imagined_steps():
     assert agent.updates == 1
 
 
+def test_the_td_error_of_mopo_and_combo_is_of_all_rows():
+    batch = {key: values[:4] for key, values in filled(obs_dim=1).filled().items()}
+    batch["reward"] = torch.tensor([1000.0, 1000.0, 0.0, 0.0])  # the first two are data
+    for method in (MOPO, COMBO):
+        agent = method(1, 1, imagination=Imagination(constant_model([[0.1, 1.0]] * 2), None, **SHORT), **SMALL)
+        assert 400 < float(agent.learn_from(batch, 2)["td_error"]) < 600
+
+
 def test_a_fall_whose_end_the_file_does_not_tell_is_not_fit(monkeypatch):
     buffer, model = filled(obs_dim=1), constant_model([[0.1, 1.0]] * 2)
     buffer.data["next_obs"][3] = buffer.data["obs"][3]

@@ -415,7 +415,7 @@ def test_summary(tmp_path, published):
     for name in ("stand", "stand-new", "stand-control", "backward"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "shift", [10000], [1], name="stand-bc", phase="offline")
-    for name in ("model", "data"):
+    for name in ("model", "data", "first"):
         write_run(tmp_path / "parts", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
     for seed in range(2):
@@ -467,12 +467,12 @@ def test_summary(tmp_path, published):
     assert {(key[1], *key[3:5]) for key in found if key[0] == "shift" and "improvement" in key[4]} == {
         *(("target", name, f"probability of improvement on {rival}@5000") for name, *rivals in (
             ("stand", "stand-new", "stand-control", "scratch"), ("stand-new", "stand", "stand-control", "scratch"),
-            ("backward", "scratch")) for rival in rivals),
+            ("backward", "scratch"), ("stand-control", "scratch")) for rival in rivals),
         *(("offline", name, "probability of improvement on stand-bc@10000") for name in ("stand", "stand-new"))}
     # so are new agents, to which one thing crosses
     assert {key[3:5] for key in found if key[0] == "parts" and "improvement" in key[4] and key[3] != "wombet"} == {
         (name, f"probability of improvement on {rival}@5000") for name, rival in (
-            ("model", "data"), ("model", "scratch"), ("data", "scratch"))}
+            ("model", "data"), ("model", "first"), ("model", "scratch"), ("data", "scratch"), ("first", "scratch"))}
     before = (tmp_path / "summary.csv").read_text()
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
     assert (tmp_path / "summary.csv").read_text() == before

@@ -575,6 +575,7 @@ BAD = {
     "no real data": ["--alpha-max", "1"],
     "a share that nothing heeds": ["--alpha", "0"],
     "a gain that nothing heeds": ["--alpha-rule", "fixed", "--alpha-gain", "0.2"],
+    "a bound that nothing heeds": ["--alpha-rule", "fixed", "--alpha-max", "0.4"],
     "a return that nothing heeds": ["--filter", "uncertainty", "--return-threshold", "9"],
     "an uncertainty that nothing heeds": ["--filter", "none", "--u-threshold", "9"],
     "critics": ["--critics", "2", "--min-critics", "3"],
