@@ -78,7 +78,7 @@ def test_the_grid_is_the_issues():
     count = lambda topic, name: len([job for job in jobs if job.topic == topic and f"__{name}__" in job.folder])
     assert [count("fig2", name) for name in ("wombet", "scratch", "sac", "td3", "ppo")] == [20, 20, 12, 12, 12]
     assert [count("control", name) for name in ("control", "scratch-long")] == [20, 12]
-    assert [count("parts", name) for name in ("model", "data")] == [12, 12]
+    assert [count("parts", name) for name in ("model", "first", "data")] == [12, 12, 12]
     assert [count("before", name) for name in ("imagined", "real")] == [12, 12]
     assert [count("fig3", name) for name in ("bc", "iql", "cql", "mopo", "combo")] == [6] * 5
     assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
