@@ -85,7 +85,7 @@ def test_a_hopper_that_is_too_fast_has_fallen():
     ("Ant", 0.5, 78 * 5e-4 * 0.25), ("Ant", -9.0, 78 * 5e-4), ("Humanoid", 100.0, 78 * 5e-7 * 1e4),
     ("Humanoid", 1e4, 10.0)])
 def test_contact_costs_by_hand(name, force, cost):
-    """v5's formulas, where random actions do not lead: each of Ant's forces counts up to 1, Humanoid's cost up to 10."""
+    """Where random actions do not lead: in v5 each of Ant's forces counts up to 1, Humanoid's cost up to 10."""
     task, free = tasks.Locomotion(name, 5), torch.zeros(1, 100)
     pressed = free.clone()
     pressed[:, -78:] = force
