@@ -48,6 +48,17 @@ def test_act_and_value():
     torch.testing.assert_close(sac.value(obs), sac.target_critic(obs, mode).mean(0))
 
 
+def test_training_acts_by_a_sample_of_the_actor_itself():
+    """Not of its average; Q of that action is the critics' mean, not the target critics'."""
+    sac, obs = SAC(3, 2, n_critics=3, min_critics=2, hidden=(16,), actor_average=0.1, lr=0.1), torch.randn(7, 3)
+    sac.update(make_batch(1, 16))
+    torch.manual_seed(1)
+    expected = sac.actor.sample(obs)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(sac.act(obs), expected)
+    torch.testing.assert_close(sac.q_value(obs, expected), sac.critic(obs, expected).mean(0))
+
+
 def test_average_actor():
     """It is the exponential average of the actor's weights, acts deterministically and proposes, and a rate of 1 is the
     actor itself."""
@@ -126,6 +137,15 @@ def test_td_error_is_of_target_rows_before_the_updates():
     td_error = lambda n_offline: sac.update(make_batch(2, 4, reward=reward, terminated=1.0), n_offline)["td_error"].item()
     assert td_error(2) == pytest.approx(((1 + 3) / 2 + 2) / 2)
     assert td_error(0) > 400 and math.isnan(td_error(4))
+
+
+def test_the_signed_td_error_is_q_less_y():
+    """The mean of (1 - 3) / 2 in the first slice and (2 + 2) / 2 in the second: errors of either sign offset."""
+    sac = SAC(3, 2, hidden=(8,), lr=0.0)
+    constant(sac.critic, [-1.0, 5.0])
+    reward = torch.tensor([[900.0, 900.0, 1.0, 5.0], [900.0, 900.0, 0.0, 0.0]])
+    info = sac.update(make_batch(2, 4, reward=reward, terminated=1.0), 2)
+    assert info["signed_td_error"].item() == pytest.approx(((1 - 3) / 2 + 2) / 2)
 
 
 @pytest.mark.parametrize("actor_q, expected", [("mean", -2.0), ("min", -1.0)])
@@ -261,6 +281,14 @@ def test_temperature_moves_towards_the_target_entropy(target_entropy, falls):
     seen = [sac.update(make_batch(1, 16))["temperature"].item() for _ in range(20)]
     assert seen[0] == pytest.approx(0.2) and (np.diff(seen) < 0).all() == falls and (np.diff(seen) > 0).all() != falls
     assert SAC(3, 2).target_entropy == -1.0
+
+
+def test_the_temperatures_gradient_by_hand():
+    """temperature (H - target entropy) alone: the actor's loss does not move it."""
+    sac = SAC(3, 2, hidden=(8,), init_temperature=0.5, target_entropy=-1.0)
+    obs, noise = torch.randn(64, 3), torch.randn(64, 2)
+    entropy = -sac.actor.sample(obs, noise)[1].mean().item()
+    assert sac.actor_gradients(obs, noise)[0][-1].item() == pytest.approx(0.5 * (entropy + 1.0), rel=1e-4)
 
 
 def test_state_dict_continues_identically():

@@ -6,6 +6,7 @@ Tables of commands, each with the words that its one line on stderr must hold; t
 import importlib
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -415,10 +416,14 @@ WRONG = {"taken out": None, "a string": "nonsense", "a list": [1, 2], "a number"
 
 @pytest.mark.parametrize("program", ["wombet", "sac", "bc"])
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_missing_and_wrong_parts_of_a_checkpoint(runs, tmp_path, capsys, program, wrong):
-    """Each part in turn, with a checksum that fits: one line, or the part is of no matter and the run goes on."""
+def test_missing_and_wrong_parts_of_a_checkpoint(runs, tmp_path, capsys, monkeypatch, program, wrong):
+    """Each part in turn: what loads a state refuses it in one line, or the part is of no matter; one of them, with a
+    checksum that fits, from the command line."""
     folder = Path(shutil.copytree(runs[program], tmp_path / "run"))
     whole, tried = load(folder / "checkpoint.pt", "cpu", program), 0
+    load_into_new_run = loader(program, folder)
+    make = functools.cache(TaskEnv._make)
+    monkeypatch.setattr(TaskEnv, "_make", staticmethod(make))  # MuJoCo's part, which takes the longest, is made once
     for path in paths_of(whole, 2):
         parent = state = {key: dict(part) if isinstance(part, dict) else part for key, part in whole.items()}
         for key in path[:-1]:
@@ -429,10 +434,32 @@ def test_missing_and_wrong_parts_of_a_checkpoint(runs, tmp_path, capsys, program
         if path[0] in (program, "info") or path[-1] in ("online_since", "plan") or isinstance(path[-1], int) or (
                 wrong is not None and isinstance(old, type(wrong))):
             continue  # names the program; is logged alone; is None at first; is of that type
-        save(folder / "checkpoint.pt", state)
-        refuses(capsys, program, ["does not fit"], "--resume", folder)
+        with pytest.raises(ValueError, match="the checkpoint does not fit these flags") as caught:
+            load_into_new_run(state)
+        assert "\n" not in str(caught.value)
         tried += 1
+        last = state
     assert tried > 10
+    load_into_new_run(whole)  # which fits
+    save(folder / "checkpoint.pt", last)
+    refuses(capsys, program, ["does not fit"], "--resume", folder)
+
+
+def loader(program, folder):
+    """A function that loads a state into a new run of that folder's flags, as --resume does, without the rest of it."""
+    module, seen = wombet if program == "wombet" else importlib.import_module("common"), []
+    build = module.build
+
+    def watch(args, run_dir, *rest):
+        seen.append((args, run_dir, *rest))
+        return build(args, run_dir, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "build", watch)
+        assert start(program, "--resume", folder) == 0  # there is nothing left to do
+    args, run_dir, *rest = seen[0]
+    rest = [] if program == "wombet" else rest  # its checkpoint, which a run on a file's data alone looks at
+    return lambda state: module.load_state_dict(build(args, run_dir, *rest), state)
 
 
 def test_an_unknown_phase(runs, tmp_path, capsys):

@@ -91,6 +91,45 @@ def test_one_iteration_by_hand(monkeypatch):
         assert score[b].item() == pytest.approx(scores[b].max().item(), rel=1e-5)
 
 
+def test_two_guided_iterations_by_hand(monkeypatch):
+    """The search is centred by the policy's proposals; elites are kept for the next iteration, and momentum holds."""
+    noise, betas, asked = 2 * torch.randn(2, 3, 10, 4, 1), [], []
+
+    def draw(shape, beta, device="cpu"):
+        betas.append(beta)
+        return noise[len(betas) - 1].clone()
+
+    def model(obs, action):
+        asked.append(action)
+        return obs + action, obs, ZERO(obs)
+
+    monkeypatch.setattr(mpc, "coloured_noise", draw)
+    planner = MPC(model, lambda o, a, n, f: -(n[:, 0] - 1).square(), NEVER, 1, horizon=4, population=10, elites=4,
+                  iterations=2, discount=1.0, init_std=0.7, momentum=0.25, keep_elites=0.5, noise_beta=2.0,
+                  policy=lambda obs: 0.3 * obs.tanh(), policy_samples=3)
+    start, first = torch.randn(3, 1), torch.rand(3, 4, 1) - 0.5
+    plan, score = planner.plan(start, first.clone())
+    assert betas == [2.0, 2.0]
+    actions = [torch.stack(asked[4 * k : 4 * k + 4], 1) for k in range(3)]  # the policy's, then each iteration's
+    value = lambda s, a: -(s + a[..., 0].cumsum(-1) - 1).square().sum(-1)
+    for b in range(3):
+        pool = actions[0].view(3, 3, 4, 1)[b]
+        mean, std = 0.25 * first[b] + 0.75 * pool.mean(0), 0.25 * 0.7 + 0.75 * pool.std(0, correction=0)
+        for i in range(2):
+            drawn = mean + std * noise[i, b]
+            if i == 0:  # every other one is about the start's mean
+                drawn[::2] = first[b] + 0.7 * noise[i, b, ::2]
+            drawn = drawn.clamp(-1, 1)
+            drawn[0] = first[b] if i == 0 else mean
+            torch.testing.assert_close(actions[i + 1].view(3, 10, 4, 1)[b], drawn)
+            pool = torch.cat([pool[value(start[b], pool).argsort(descending=True)][:2], drawn])
+            elites = pool[value(start[b], pool).argsort(descending=True)[:4]]
+            mean = 0.25 * mean + 0.75 * elites.mean(0)
+            std, pool = 0.25 * std + 0.75 * elites.std(0, correction=0), elites
+        torch.testing.assert_close(plan[b], elites.mean(0))
+        assert score[b].item() == pytest.approx(value(start[b], elites).max().item(), rel=1e-4)
+
+
 def test_later_iterations_improve_up_to_the_optimum():
     kwargs = {"horizon": 15, "population": 30, "discount": 1.0}
     obs, values = states(100), []

@@ -210,6 +210,12 @@ def test_interval_by_hand():
     assert np.isnan(plot.interval(plot.iqm, [column(0, 8), column(1)])).all()  # one seed tells no spread
 
 
+def test_an_interval_of_steps_is_a_mark_or_never():
+    """Of the resamples of two seeds, 0 and 9, a quarter reach a goal of 5; nothing between a step and inf is drawn."""
+    steps = lambda *groups: plot.steps_to_reach(np.array([10.0]), *groups)
+    assert plot.interval(steps, [column(0, 9)], [column(5, 5)]).ravel().tolist() == [10, math.inf]
+
+
 def test_intervals_cover():
     """Of 400 experiments of ten seeds each, about 95 % of the intervals hold the true centre (a bootstrap's fewer)."""
     values = np.random.default_rng(0).normal(size=(400, 10, 1))
@@ -260,6 +266,8 @@ def test_curves_show_the_mean_the_band_and_the_seeds(results):
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     np.testing.assert_allclose([band.min(), band.max()], [-1.5 - math.sqrt(0.5), 4.5 + math.sqrt(0.5)])
     assert len(figure(results, "--per-seed").axes[0].lines) == 2 + 4
+    lines = figure(results, "--per-seed", "--names", "a").axes[0].lines
+    assert [line.get_ydata().tolist() for line in lines] == [[-1.5, 2, 4.5], [-1, 2, 4], [-2, 2, 5]]
     assert figure(results, "--until", "2500").axes[0].lines[0].get_xdata().tolist() == [0, 2.5]
     whole, cut = (figure(results, *flags).axes[0].get_ylim() for flags in ([], ["--y-min", "1"]))
     assert whole[0] < -1.5 and cut == (1, whole[1])
@@ -274,6 +282,15 @@ def test_bars_show_every_seed_at_the_last_mark(results):
     fig = figure(results, "--kind", "bars")
     assert [tick.get_text() for tick in fig.axes[0].get_xticklabels()] == ["5k", "5k", "2.5k"]  # not to be compared
     assert legend(fig) == ["a (2 seeds)", "b (2 seeds)", "c (1 seed)"]
+
+
+def test_bars_reach_to_the_ends_of_what_is_drawn(results):
+    """At the end 4, 5 and 9, whose interval is not about its middle."""
+    write_run(results, [0, 5000], [6, 9], seed=2, name="a")
+    ax = figure(results, "--kind", "bars", "--average", "iqm", "--names", "a").axes[0]
+    (bar,), (_, _, (whisker,)) = ax.containers
+    low, high = whisker.get_segments()[0][:, 1]
+    assert (bar.get_height(), low, high) == (6, 4, 9)
 
 
 def test_alpha_stands_above_the_td_error(results):
@@ -371,6 +388,15 @@ def test_reference_curve_ends_where_the_runs_do(results, published):
     x, y = hopper[0].get_data()
     assert x[-1] == end and y[-1] == pytest.approx(np.interp(end, [50, 100], [530, 1104])) and not pusher
     assert legend(fig)[-1] == "sac (published, 10 seeds)"
+
+
+@pytest.mark.parametrize("flags, scale", [([], 1), (["--normalise", "td3-1m"], 100 / (3226 - 18.8))])
+def test_a_reference_curves_band_is_its_standard_deviation(results, published, flags, scale):
+    write_run(results, [0, 60000], [3, 4], name="c")
+    ax = figure(results, "--published", published, "--reference", "sac", "--names", "c", *flags).axes[0]
+    band, = [area for area in ax.collections if np.allclose(area.get_facecolor()[0, :3], 0x55 / 255)]
+    at_50 = [y for x, y in band.get_paths()[0].vertices if x == 50]
+    assert max(at_50) - min(at_50) == pytest.approx(2 * 99 * scale)
 
 
 def test_spearman_by_hand():

@@ -87,13 +87,41 @@ def test_the_grid_is_the_issues():
             for name in ("control", "nokeep", "new", "new-model", "new-data", "iql")] == [6] * 12
     assert [count("fig6", f"filter-{kind}") for kind in ("dual", "return", "uncertainty", "none")] == [12] * 4
     # what a run needs, a run before it leaves
-    for i, job in enumerate(jobs):
-        left = {f"runs/{other.topic}/{other.folder}/{name}" for other in jobs[:i]
-                for name in ("source.pt", "first_dataset.npz", "done")}
-        left |= {str(Path(other.result).with_name(name)) for other in jobs[:i] for name in other.kept}
+    left = set()
+    for job in jobs:
         assert left.issuperset(job.needs)
+        left |= {f"runs/{job.topic}/{job.folder}/{name}" for name in ("source.pt", "first_dataset.npz", "done")}
+        left |= {str(Path(job.result).with_name(name)) for name in job.kept}
     paper = reproduce.grid(budget("paper"), ["fig2"])
     assert len([job for job in paper if "__sac__" in job.folder]) == 6 * 5
+
+
+GIVEN = {
+    "control/control": "--alpha-rule fixed --alpha 0",
+    "parts/data": "--no-warm-start --alpha-rule fixed --alpha 0",
+    "parts/model": "--no-warm-start --no-keep-source-data --alpha-gain 0.3",
+    "parts/first": "--no-warm-start --no-keep-source-data --alpha-gain 0.3 --imagine-every 0",
+    "before/real": "--pretrain-updates 16000 --target-steps 1 --alpha-rule fixed --alpha 0",
+    "fig2/scratch": "--no-prior",
+    "fig3/bc": "--offline-updates 20000", "fig3/cql": "--offline-updates 10000",
+    "fig3/combo": "--offline-updates 10000",
+    "fig4/bc": "--online-steps 25000", "fig4/awac": "--online-steps 25000",
+    "fig5/half": "--alpha-rule fixed --alpha 0.5",
+    "fig6/filter-none": "--imagine-every 0 --filter none",
+    "preset/preset": "--preset paper",
+    "shift/stand-nokeep": "--source stand --no-keep-source-data",
+    "shift/stand-new": "--source stand --no-warm-start",
+    "shift/backward-control": "--source backward --alpha-rule fixed --alpha 0",
+}
+
+
+def test_what_each_group_is_given():
+    """Its flags one behind the other; and of what results/ keeps the last is what says that a run is done."""
+    jobs = {reproduce.title(job): job for job in reproduce.grid(budget("cpu"), ["all"])}
+    for group, flags in GIVEN.items():
+        topic, name = group.split("/")
+        assert f"{flags} " in " ".join(jobs[f"{topic}/HalfCheetah-v4__{name}__0"].flags) + " ", group
+    assert all(job.kept[-1] == Path(job.result).name for job in jobs.values() if job.topic != "bound")
 
 
 def test_list_prints_commands_one_a_line(capsys):
@@ -149,6 +177,12 @@ def test_bad_input_is_one_line(flags, capsys):
 # ----------------------------------------------------------------------------------------------------------- the runner
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """The runner looks for what has ended every half second; stubs take less."""
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(0.02)))
+
+
 @pytest.fixture
 def stubs(tmp_path, monkeypatch):
     """Makes a topic of stubs: call it with {name: (mode, names of those whose source.pt it needs)}."""
@@ -196,6 +230,18 @@ def test_an_offline_method_learns_from_the_data_in_results(tmp_path, monkeypatch
             (folder / name).touch()
         assert run("--only", source, method) == 1 and started[0] == first, files
     assert run("--only", source, "--again") == 1 and not any(folder.iterdir())
+
+
+def test_what_goes_on_is_a_copy_that_is_not_done_yet(stubs, tmp_path):
+    b = SimpleNamespace(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"))
+    base, folder = tmp_path / "runs" / "t" / "a", tmp_path / "runs" / "t" / "c"
+    base.mkdir(parents=True)
+    for name in ("checkpoint.pt", "done"):
+        (base / name).touch()
+    job = reproduce.Job("t", "c", str(tmp_path / "stub.py"), ("--resume", str(folder)), "none", (), str(base))
+    assert reproduce.start(job, b).wait(60) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "progress.csv"]
+    assert sorted(path.name for path in base.iterdir()) == ["checkpoint.pt", "done"]
 
 
 def test_done_is_skipped_and_named_until_again(stubs, tmp_path, capsys):

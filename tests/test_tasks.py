@@ -2,14 +2,16 @@
 
 import copy
 import textwrap
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import harness
 import tasks
-from tasks import TaskEnv
+from tasks import TaskEnv, lockstep
 
 LOCOMOTION = {"HalfCheetah": (1.0, 0.1), "Hopper": (1.0, 5e-3), "Walker2d": (1.0, 5e-3), "Ant": (1.0, 0.1),
               "Swimmer": (1.0, 0.1), "Humanoid": (1.25, 1e-2)}  # stock forward weight, stock reset noise
@@ -71,6 +73,25 @@ def test_healthy_ranges(name, rest, index, low, high):
     assert tasks.Locomotion(name, 4).terminated(obs).tolist() == [True, False, False, high < 9, True]
     if name == "Ant":
         assert tasks.Locomotion(name, 4).terminated(torch.tensor([0.5, float("inf")]))
+
+
+def test_a_hopper_that_is_too_fast_has_fallen():
+    obs = torch.zeros(3, 11)
+    obs[:, 0], obs[1:, 7] = 1.2, torch.tensor([99.0, 101.0])
+    assert tasks.Locomotion("Hopper", 4).terminated(obs).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("name, force, cost", [
+    ("Ant", 0.5, 78 * 5e-4 * 0.25), ("Ant", -9.0, 78 * 5e-4), ("Humanoid", 100.0, 78 * 5e-7 * 1e4),
+    ("Humanoid", 1e4, 10.0)])
+def test_contact_costs_by_hand(name, force, cost):
+    """Where random actions do not lead: in v5 each of Ant's forces counts up to 1, Humanoid's cost up to 10."""
+    task, free = tasks.Locomotion(name, 5), torch.zeros(1, 100)
+    pressed = free.clone()
+    pressed[:, -78:] = force
+    pay = lambda next_obs: task.reward(free, torch.zeros(1, 8), next_obs, torch.zeros(1, 1)).item()
+    assert pay(free) - pay(pressed) == pytest.approx(cost, rel=1e-4)
+    assert tasks.Locomotion(name, 4).contact is None
 
 
 @pytest.mark.parametrize("source", ["near", "backward", "stand"])
@@ -241,6 +262,81 @@ def test_own_environment(monkeypatch):
     source = TaskEnv("InvertedPendulum-v5", "centre", reset_noise_factor=30.0)
     assert 0.05 < np.abs([source.reset() for _ in range(20)]).max() <= 0.3
     assert source.step(np.zeros(1))[1] == pytest.approx(1.0 - abs(source.obs[0]) - (abs(source.obs[1]) > 0.2))
+
+
+class Lopsided(gym.Env):
+    """Nothing ever happens in it; the middle of its actions is (1, -1)."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = gym.spaces.Box(np.float32([0, -3]), np.float32([2, 1]))
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, dtype=np.float32), 0.0, False, False, {}
+
+
+def test_actions_are_stretched_to_bounds_of_any_middle(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "Lopsided", Tiny)
+    monkeypatch.setitem(gym.registry, "Lopsided-v0", gym.envs.registration.EnvSpec(
+        "Lopsided-v0", entry_point=lambda **kwargs: Lopsided(), max_episode_steps=9))
+    env = TaskEnv("Lopsided-v0")
+    calls = record(env)
+    env.reset()
+    for action, raw in (([-1, -1], [0, -3]), ([1, 1], [2, 1]), ([0, 0.5], [1, 0])):
+        env.step(np.float32(action))
+        assert calls[-1][0].tolist() == raw
+
+
+def test_an_evaluation_by_hand():
+    """Episode by episode, each from its own seed, the same every time; q_error is Q(s_0, a_0) less the discounted
+    return."""
+    act = lambda obs: (30 * torch.as_tensor(obs[..., 5:8])).sin()
+    envs, known = [TaskEnv("Hopper-v4", seed=9) for _ in range(3)], []
+    for i in range(3):
+        env, rewards, over = TaskEnv("Hopper-v4", seed=tasks.EVALUATION_SEED + i), [], False
+        env.reset()
+        while not over:
+            _, reward, terminated, truncated, _ = env.step(act(env.obs).numpy())
+            rewards.append(reward)
+            over = terminated or truncated
+        known.append((sum(rewards), len(rewards), sum(0.9**t * r for t, r in enumerate(rewards))))
+    for _ in range(2):
+        np.testing.assert_allclose(np.array(tasks.evaluate(act, envs, discount=0.9)).T, known, rtol=1e-6)
+    assert len({length for _, length, _ in known}) == 3  # which end one by one
+    agent = SimpleNamespace(act=lambda obs, deterministic: act(obs), device="cpu", discount=0.9,
+                            q_value=lambda obs, action: obs[:, 0] + action[:, 0])
+    row, _ = harness.evaluation_row(agent, envs)
+    starts = torch.as_tensor(tasks.first_observations(envs))
+    returns, lengths, discounted = np.array(known).T
+    assert [row[key] for key in ("return_mean", "return_std", "length_mean", "discounted_mean")] == pytest.approx(
+        [returns.mean(), returns.std(), lengths.mean(), discounted.mean()])
+    q = (starts[:, 0] + act(starts)[:, 0]).mean().item()
+    assert row["q_error"] == pytest.approx(q - discounted.mean(), rel=1e-5)
+
+
+def test_lockstep_is_each_environments_own():
+    """Two episodes, one of which ends first and then stands still; what a step gave is not written over later."""
+    envs, alone = ([TaskEnv("Hopper-v4", "near", seed=i) for i in (1, 2)] for _ in range(2))
+    for env in (*envs, *alone):
+        env.reset()
+    obs = torch.as_tensor(np.stack([env.obs for env in envs]))
+    step, over, seen, known = lockstep(envs, lambda o, a: o[:, 0]), [False, False], [], []
+    for action in torch.rand(60, 2, 3) * 2 - 1:
+        seen.append(step(obs, action))
+        obs = seen[-1][0]
+        for i, env in enumerate(alone):
+            if over[i]:
+                features = known[-2][1]
+            else:
+                _, _, terminated, truncated, features = env.step(action[i])
+                over[i] = terminated or truncated
+            known.append((env.obs.copy(), features))
+    assert all(over)
+    for k, (next_obs, features) in enumerate(known):
+        np.testing.assert_array_equal(seen[k // 2][0][k % 2], next_obs)
+        np.testing.assert_array_equal(seen[k // 2][1][k % 2], features)
 
 
 @pytest.mark.parametrize("args, quantities, words", [

@@ -1,5 +1,6 @@
 """The whole loop, end to end, on the real environment at a size that takes seconds: flags, files, resume, bad input."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -86,8 +87,12 @@ def test_the_live_line(tmp_path, capsys):
 def test_same_seed_same_numbers_other_seed_others(base, tmp_path):
     _, again = run(tmp_path)
     assert rows(again) == rows(base)
-    wombet.main(["--env", "Hopper-v4", "--out", str(tmp_path), "--name", "a", "--seed", "1", *TINY])
-    assert rows(tmp_path / "Hopper-v4__a__1")[-1]["return_mean"] != rows(base)[-1]["return_mean"]
+    returns = []
+    for seed in ("0", "1"):
+        wombet.main(["--env", "Hopper-v4", "--out", str(tmp_path), "--name", "s", "--seed", seed, *TINY, "--no-prior",
+                     "--target-steps", "70"])
+        returns.append(rows(tmp_path / f"Hopper-v4__s__{seed}")[-1]["return_mean"])
+    assert returns[0] != returns[1]
 
 
 def interrupt_at(monkeypatch, step):
@@ -110,7 +115,8 @@ def interrupt_at(monkeypatch, step):
     monkeypatch.setattr("harness.evaluate", marked)
 
 
-@pytest.mark.parametrize("flags, step", [([], 77), ([], 150 + 63), (["--imagine-with", "mpc", "--td-error", "signed"], 63)])
+@pytest.mark.parametrize("flags, step", [
+    ([], 77), ([], 150 + 63), (["--imagine-with", "mpc", "--td-error", "signed", "--target-steps", 75], 63)])
 def test_stop_and_resume_equals_the_uninterrupted_run(base, tmp_path, monkeypatch, flags, step):
     flags = flags and ["--source-run", base, *flags]
     whole = run(tmp_path / "whole", *flags)[1] if flags else base
@@ -242,7 +248,7 @@ def test_the_source_agent_that_goes_on(tmp_path, monkeypatch, window):
         return info
 
     monkeypatch.setattr(wombet, "update", watched)
-    code, folder = run(tmp_path, "--snapshot-window", window, "--target-steps", 60)
+    code, folder = run(tmp_path, "--snapshot-window", window, "--target-steps", 1)
     assert code == 0 and len(seen) == 90
     kept = torch.load(folder / "source.pt", weights_only=True)["source"]["agent"]["log_temperature"].item()
     ended = [(mean, -k) for k, (over, mean, _) in enumerate(seen) if over and k >= 39]  # of 60 + 40 steps on
@@ -269,40 +275,37 @@ def test_more_steps_of_a_finished_run(base, tmp_path, monkeypatch):
 
 
 TARGET_FLAGS = {
+    "nothing": [],
     "fixed share": ["--alpha-rule", "fixed", "--alpha", "0.25"], "no imagination": ["--alpha-rule", "fixed", "--alpha", "0"],
     "signed TD error": ["--td-error", "signed", "--alpha-gain", "3"],
     "filter by return": ["--filter", "return"], "filter by u": ["--filter", "uncertainty"],
     "no filter": ["--filter", "none"],
     "thresholds": ["--return-threshold", "-1000", "--u-threshold", "1000"],
-    "no penalty in MPC": ["--plan-penalty-coef", "0"], "no penalty in the target": ["--target-penalty-coef", "0"],
-    "no floor": ["--no-floor-penalty"],
-    "no refit": ["--refit-every", "0"], "refit on D_S": ["--refit-on-imagined"], "no guide": ["--no-guide"],
+    "no refit": ["--refit-every", "0"], "refit on D_S": ["--refit-on-imagined"],
     "the first round alone": ["--imagine-every", "0"], "MPC's rounds": ["--imagine-with", "mpc"],
     "new agent": ["--no-warm-start"], "without real source data": ["--no-keep-source-data"],
-    "D_S from the environment": ["--generate-in", "env"], "members": ["--expectation", "members"],
-    "replan": ["--replan-every", "3"], "resets only": ["--reset-share", "1"],
-    "actor on min": ["--actor-q", "min"], "no average": ["--actor-average", "1"],
-    "no entropy": ["--no-backup-entropy"], "no entropy for the actor": ["--no-actor-entropy"],
-    "M < N": ["--min-critics", "1"], "M = N": ["--min-critics", "0"],
+    "D_S from the environment": ["--generate-in", "env"],
     "other rollouts": ["--rollouts", "20", "--rollout-length", "2"],
     "a small D_S": ["--offline-capacity", "81"],
 }
 
 
 @pytest.mark.parametrize("flags", TARGET_FLAGS.values(), ids=TARGET_FLAGS)
-def test_target_flags(base, tmp_path, flags):
-    """Each flag runs on a shared source phase, and changes what the run does in its first 60 steps."""
-    code, folder = run(tmp_path, "--source-run", base, "--target-steps", 60, *flags)
+def test_target_flags(base, tmp_path, no_float64, flags):
+    """Each flag runs on a shared source phase, and changes what the run does in its first 60 steps; none does not, and
+    makes no float64 tensor."""
+    with contextlib.nullcontext() if flags else no_float64:
+        code, folder = run(tmp_path, "--source-run", base, "--target-steps", 60, *flags)
     assert code == 0
     ours, theirs = rows(folder), rows(base)[:5]
     assert len(ours) == 5
     assert ours[:3] == theirs[:3]  # the source phase is the other run's
-    assert ours[4:] != theirs[4:]
+    assert (ours[4:] != theirs[4:]) == bool(flags)
     if "--no-warm-start" not in flags:
         assert ours[3]["return_mean"] == theirs[3]["return_mean"]  # row 0 is the source's agent
     if "fixed" in flags:
         assert {r["alpha"] for r in ours[3:]} == {str(float(flags[-1]))}
-    if flags[-1] == "0" and "--alpha" in flags:
+    if flags and flags[-1] == "0" and "--alpha" in flags:
         assert ours[-1]["offline_size"] == "0" and not (folder / "dataset.npz").exists()
     if "none" in flags or "-1000" in flags:  # all pass but those without a single trusted step
         assert float(ours[-1]["acceptance"]) >= 0.75 > float(theirs[-1]["acceptance"])
@@ -315,32 +318,69 @@ def test_target_flags(base, tmp_path, flags):
 @pytest.mark.parametrize("flags", [[], ["--alpha-rule", "fixed", "--alpha", "0"]])
 def test_pretraining(base, tmp_path, flags):
     """Updates before the first target step, evaluated every 60 of them, with a round every 20 of the actor's."""
-    code, folder = run(tmp_path, "--source-run", base, "--pretrain-updates", 130, *flags)
+    code, folder = run(tmp_path, "--source-run", base, "--pretrain-updates", 130, "--target-steps", 60, *flags)
     assert code == 0
     ours, theirs = rows(folder), rows(base)
     offline, target = ([r for r in ours if r["phase"] == phase] for phase in ("offline", "target"))
     assert [(r["env_steps"], r["updates"]) for r in offline] == [("0", k) for k in ("0", "60", "120", "130")]
-    assert [r["updates"] for r in target] == ["130", "250", "370"]
+    assert [r["updates"] for r in target] == ["130", "250"]
     returns = [r["return_mean"] for r in (*offline, target[0])]
     assert returns[0] == theirs[3]["return_mean"]  # the source's agent
     assert returns[0] != returns[-2] == returns[-1]  # the one that learned
     assert (int(target[0]["offline_size"]) > int(theirs[3]["offline_size"])) == (not flags)
 
 
-@pytest.mark.parametrize("flags", [["--uncertainty", "variance"], ["--uncertainty", "max-distance"],
-                                   ["--uncertainty", "aleatoric"], ["--coverage", "0"]])
-def test_uncertainty_flags(base, tmp_path, flags):
-    code, folder = run(tmp_path, "--source-run", base, "--target-steps", 60, *flags)
-    assert code == 0 and rows(folder)[4] != rows(base)[4]
-
-
-@pytest.mark.parametrize("kind, coverage", [("std", 0.95), ("std", 0.0), ("max-distance", 0.95), ("variance", 0.5)])
+@pytest.mark.parametrize("kind, coverage", [
+    ("std", 0.95), ("std", 0.0), ("max-distance", 0.95), ("variance", 0.5), ("aleatoric", 0.95)])
 def test_a_shared_source_phase_is_calibrated_anew(base, tmp_path, kind, coverage):
     """The model of another run has the scale of that run's u; with the same flags it stays as it is."""
-    _, folder = run(tmp_path, "--source-run", base, "--uncertainty", kind, "--coverage", coverage, "--refit-every", "0")
+    _, folder = run(tmp_path, "--source-run", base, "--uncertainty", kind, "--coverage", coverage, "--target-steps", 1)
     scale = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]["scale"].item()
     shared = torch.load(base / "source.pt", weights_only=True)["model"]["scale"].item()
     assert (scale == 1) == (coverage == 0) and (scale == shared) == (kind == "std" and coverage == 0.95)
+
+
+def has(thing, **values):
+    """Whether these are the thing's attributes."""
+    return {name: getattr(thing, name) for name in values} == values
+
+
+def test_flags_reach_their_component(tmp_path):
+    """Each as it is given, none as its default; what it does there is that component's test."""
+    flags = """--horizon 4 --population 9 --elites 7 --iterations 3 --momentum 0.35 --init-std 0.45 --noise-beta 1.5
+               --keep-elites 0.6 --discount 0.9 --plan-penalty-coef 2.5 --replan-every 2 --policy-samples 6 --members 3
+               --critics 6 --min-critics 4 --actor-q min --actor-average 0.2 --lr 0.01 --polyak 0.3
+               --init-temperature 0.7 --target-entropy -2 --no-backup-entropy --no-actor-entropy --no-layer-norm
+               --target-penalty-coef 1.5 --no-floor-penalty --hidden 24 --model-hidden 12 --model-layers 4
+               --uncertainty variance --coverage 0.8 --alpha-gain 0.3 --alpha-min 0.1 --alpha-max 0.6 --alpha-ema 0.02
+               --td-error signed --offline-capacity 20000 --source-steps 1100 --target-steps 500 --device cpu
+               --fast off""".split()
+    build = lambda *given: wombet.build(wombet.parse_args(list(given)), tmp_path)
+    found = build(*flags)
+    agents, model = (found.source.agent, found.target.agent), found.model
+    assert has(wombet.planner(found), horizon=4, population=9, elites=7, iterations=3, momentum=0.35, init_std=0.45,
+               noise_beta=1.5, n_keep=4, discount=0.9, penalty_coef=2.5, execute_steps=2, policy_samples=6,
+               particles=1, model=model.step, policy=agents[0].propose, value=agents[0].value, action_dim=6)
+    for agent in agents:
+        assert has(agent, n_critics=6, min_critics=4, actor_q="min", actor_average=0.2, discount=0.9, polyak=0.3,
+                   target_entropy=-2.0, backup_entropy=False, actor_entropy=False, penalty_coef=1.5,
+                   floor_penalty=False)
+        assert agent.log_temperature.exp().item() == pytest.approx(0.7) and not agent.critic.layer_norm
+        groups = agent.actor_optimizer.param_groups + agent.critic_optimizer.param_groups
+        assert {group["lr"] for group in groups} == {0.01}
+        assert agent.critic.weights[1].shape == (6, 24, 24)
+    assert has(model, members=3, uncertainty_kind="variance", coverage=0.8) and len(model.weights) == 5
+    assert model.weights[1].shape == (3, 12, 12)
+    assert has(found.mix, gain=0.3, alpha_min=0.1, alpha_max=0.6, ema=0.02, fixed=None, signed=True)
+    assert found.offline_data.capacity == 20000 and found.source.buffer.capacity == 1100
+    assert found.target.buffer.capacity == 1100 + 500
+
+    other = build(*flags, "--expectation", "members", "--no-guide", "--min-critics", "0", "--no-keep-source-data")
+    assert has(wombet.planner(other), particles=3, model=other.model.member_step, policy=None, value=None,
+               policy_samples=0)
+    assert other.target.agent.min_critics == 6 and other.target.buffer.capacity == 500
+    fixed = build("--alpha-rule", "fixed", "--alpha", "0.3", "--fast", "off")
+    assert has(fixed.mix, fixed=0.3, signed=False)
 
 
 STOP = KeyError("seen enough")
@@ -359,7 +399,7 @@ def until(monkeypatch, tmp_path, name, watch, *flags):
 @pytest.fixture(scope="module")
 def backward(tmp_path_factory):
     """A source run whose reward differs from the target's everywhere."""
-    code, folder = run(tmp_path_factory.mktemp("backward"), "--source", "backward")
+    code, folder = run(tmp_path_factory.mktemp("backward"), "--source", "backward", "--target-steps", 1)
     assert code == 0
     return folder
 
@@ -388,7 +428,7 @@ def test_each_step_uses_the_right_tasks_reward(backward, tmp_path, monkeypatch):
         assert whole.any()
         return returns, mean_u
 
-    flags = ["--source-run", backward, "--source", "backward"]
+    flags = ["--source-run", backward, "--source", "backward", "--target-steps", 60]
     with monkeypatch.context() as patch:
         patch.setattr(wombet, "score_trajectories", watch_score)
         assert until(patch, tmp_path, "imagine_mpc", watch_imagine, *flags)[0] == 0 and len(seen) == 2
@@ -402,12 +442,28 @@ def test_each_step_uses_the_right_tasks_reward(backward, tmp_path, monkeypatch):
     assert (state["offline_data"]["rows"]["uncertainty"] > 0).all()
 
 
-def test_a_refit_measures_the_uncertainty_of_D_S_anew(base, tmp_path):
-    _, folder = run(tmp_path, "--source-run", base, "--imagine-every", "0")
+def test_a_refit_is_on_all_real_data_and_measures_D_S_anew(base, tmp_path, monkeypatch):
+    """The source's rows and then the target's, every tenth held out; and the limit of trust is of the source's."""
+    fit, seen = wombet.WorldModel.fit, []
+
+    def watch(model, **given):
+        seen.append(given)
+        return fit(model, **given)
+
+    monkeypatch.setattr(wombet.WorldModel, "fit", watch)
+    _, folder = run(tmp_path, "--source-run", base, "--imagine-every", "0", "--target-steps", 45)
     found = wombet.build(wombet.parse_args(["--evaluate", str(folder)]), folder)
     wombet.load_state_dict(found, torch.load(folder / "checkpoint.pt", weights_only=True))
+    given, = seen
+    source, target = found.source.buffer.filled(), found.target.buffer.filled()
+    for key in ("obs", "action", "next_obs", "features"):
+        assert torch.equal(given[key], torch.cat([source[key], target[key][150:190]]))
+    assert given["held_out"].nonzero().flatten().tolist() == list(range(0, 190, 10))
     data = found.offline_data.filled()
     torch.testing.assert_close(data["uncertainty"], found.model.uncertainty(data["obs"], data["action"]))
+    u = found.model.uncertainty(source["obs"], source["action"])
+    found.args.trust_percentile = 60.0
+    assert (u <= wombet.trust_limit(found)).float().mean().item() == pytest.approx(0.6, abs=0.05)
 
 
 def test_a_refit_on_D_S_and_D_T_alone(base, tmp_path, monkeypatch):
@@ -416,7 +472,9 @@ def test_a_refit_on_D_S_and_D_T_alone(base, tmp_path, monkeypatch):
     monkeypatch.setattr(wombet.WorldModel, "fit", lambda self, **given: (seen.append(given), fit(self, **given))[1])
     for flags, pooled in ((["--no-keep-source-data"], 0), ([], 150)):
         seen.clear()
-        assert run(tmp_path, "--source-run", base, "--refit-on-imagined", *flags, name=f"pool{pooled}")[0] == 0
+        code, _ = run(tmp_path, "--source-run", base, "--refit-on-imagined", *flags, "--target-steps", 85,
+                      name=f"pool{pooled}")
+        assert code == 0
         for given, n_target in zip(seen, (40, 80), strict=True):
             assert pooled + n_target < len(given["obs"]) <= pooled + n_target + 100  # D_S holds 100 at most
             assert given["held_out"].nonzero().flatten().tolist() == list(range(0, pooled + n_target, 10))
@@ -432,17 +490,67 @@ def test_a_taken_source_phase_is_named(base, tmp_path, capsys):
 
 
 def test_thresholds_are_held_over_rounds(base, tmp_path, monkeypatch):
-    seen, original = [], wombet.accept
-    monkeypatch.setattr(wombet, "accept", lambda returns, u, *th: (seen.append(th[:2]), original(returns, u, *th))[1])
-    assert run(tmp_path, "--source-run", base, "--imagine-with", "mpc")[0] == 0
+    """They are set once, by the percentiles of the flags."""
+    seen, asked, accept, thresholds = [], [], wombet.accept, wombet.thresholds
+
+    def watch_accept(returns, mean_u, *rest):
+        seen.append(rest[:2])
+        return accept(returns, mean_u, *rest)
+
+    def watch_thresholds(returns, mean_u, *rest):
+        asked.append(rest)
+        return thresholds(returns, mean_u, *rest)
+
+    monkeypatch.setattr(wombet, "accept", watch_accept)
+    monkeypatch.setattr(wombet, "thresholds", watch_thresholds)
+    assert run(tmp_path, "--source-run", base, "--imagine-with", "mpc", "--target-steps", 65)[0] == 0
     assert len(seen) > 3 and len(set(seen)) == 1
+    assert asked == [(30.0, 50.0, None, None, "dual")]
 
 
-def test_alpha_follows_the_td_error(base, tmp_path):
-    _, folder = run(tmp_path, "--source-run", base, "--alpha-gain", "0.2", "--alpha-min", "0", "--alpha-max", "0.9")
-    for row in rows(folder)[4:]:
-        assert float(row["alpha"]) == pytest.approx(0.2 * float(row["td_error"]))
-        assert 0 < float(row["alpha"]) < 0.9  # not clipped
+def test_what_passes_the_filter_makes_the_first_D_S(base):
+    table, first = rows(base), np.load(base / "first_dataset.npz")
+    ends = (first["terminals"] | first["timeouts"]).sum()
+    assert table[3]["td_error"] == "" and float(table[3]["alpha"]) == 0.5
+    assert 0 < ends == round(8 * float(table[3]["acceptance"])) < 8
+
+
+def test_each_batch_has_the_share_alpha_which_follows_the_td_error(base, tmp_path, monkeypatch):
+    alphas, seen, sac_update = [], [], wombet.SAC.update
+
+    def watch_sac(agent, batch, n_offline):
+        seen.append(n_offline)
+        return sac_update(agent, batch, n_offline)
+
+    def watch_update(original, run, side):
+        alphas.append(run.mix.alpha)
+        return original(run, side)
+
+    monkeypatch.setattr(wombet.SAC, "update", watch_sac)
+    flags = ["--alpha-gain", "0.2", "--alpha-min", "0", "--alpha-max", "0.9", "--alpha-ema", "0.3"]
+    _, folder = until(monkeypatch, tmp_path, "update", watch_update, "--source-run", base, "--target-steps", 60, *flags)
+    assert seen == [round(16 * alpha) for alpha in alphas] and len(set(seen)) > 2
+    row = rows(folder)[4]
+    assert float(row["alpha"]) == pytest.approx(0.2 * float(row["td_error"]))
+    assert 0 < float(row["alpha"]) < 0.9  # not clipped
+
+
+def test_what_is_stored_is_what_the_environment_did(base):
+    """The source's steps again, in an environment of its seed: each column, falls too; random actions, then the
+    actor's."""
+    stored = torch.load(base / "source.pt", weights_only=True)["source"]["buffer"]["rows"]
+    env, rng = tasks.TaskEnv("Hopper-v4", "near", seed=1), np.random.default_rng(0)
+    for k, action in enumerate(stored["action"].numpy()):
+        if k < 60:
+            np.testing.assert_array_equal(action, rng.uniform(-1.0, 1.0, 3).astype(np.float32))
+        obs = env.reset() if env.obs is None else env.obs
+        next_obs, reward, terminated, truncated, features = env.step(action)
+        for key, value in (("obs", obs), ("next_obs", next_obs), ("reward", reward), ("terminated", terminated),
+                           ("timeout", truncated and not terminated), ("features", features), ("uncertainty", 0.0)):
+            np.testing.assert_array_equal(stored[key][k], np.float32(value), err_msg=f"{key} of step {k}")
+        if terminated or truncated:
+            env.obs = None
+    assert 3 < stored["terminated"].sum() < 75
 
 
 def test_one_pool_of_real_data(base, tmp_path):
@@ -453,28 +561,51 @@ def test_one_pool_of_real_data(base, tmp_path):
     for key in ("obs", "action", "next_obs", "terminated", "timeout", "features"):
         assert torch.equal(pool[key][:150], source[key])
     assert len(pool["obs"]) == 150 + 120 and len(state["offline_data"]["rows"]["obs"]) == 100
-    _, without = run(tmp_path, "--source-run", base, "--no-keep-source-data")
+    _, without = run(tmp_path, "--source-run", base, "--no-keep-source-data", "--target-steps", 20)
     alone = torch.load(without / "checkpoint.pt", weights_only=True)["target"]["buffer"]["rows"]
-    assert len(alone["obs"]) == 120
+    assert len(alone["obs"]) == 20
 
 
 def test_the_policys_rounds(base, tmp_path, monkeypatch):
-    """From real states, half of them the target's once there are some, a few steps each, with the model as it is."""
-    starts = []
+    """From real states, half of them the target's once there are some, a few steps each within the limit of trust, by
+    the target's agent, with the model as it is."""
+    starts, asked, imagine = [], [], wombet.imagine
+
+    def watch_imagine(step, terminated, act, obs, length, limit):
+        asked.append((act, len(obs), length, limit))
+        return imagine(step, terminated, act, obs, length, limit)
 
     def watch(original, run):
         n, size = run.target.step, run.offline_data.size
         original(run)
+        assert asked[-1] == (run.target.agent.act, 12, 1, 1e9)
         new = run.offline_data.filled()["obs"]
         pool = run.target.buffer.filled()["obs"]
         is_source = lambda obs: (obs[:, None] == run.source.buffer.filled()["obs"][None]).all(-1).any(1)
         is_target = lambda obs: (obs[:, None] == pool[run.pooled:][None]).all(-1).any(1) if n else torch.zeros(len(obs))
         starts.append((n, size, is_source(new).sum().item(), is_target(new).sum().item()))
 
+    monkeypatch.setattr(wombet, "imagine", watch_imagine)
+    monkeypatch.setattr(wombet, "trust_limit", lambda run: 1e9)
     code, _ = until(monkeypatch, tmp_path, "imagine_policy", watch, "--source-run", base, "--rollout-length", "1",
-                    "--trust-percentile", "0", "--offline-capacity", "500")
+                    "--offline-capacity", "500")
     assert code == 0 and [s[0] for s in starts] == [20, 40, 60, 80, 100]
+    assert len(asked) == 1 + 5  # the first D_S is the planner's
     assert starts[-1][2] >= 25 and starts[-1][3] >= 25  # five rounds of six each, beside the first D_S
+
+
+def test_the_share_of_trajectories_that_start_from_resets(base, tmp_path, monkeypatch):
+    """A quarter of eight; the others start from states of the source data."""
+    seen = []
+
+    def watch(original, step, terminated, act, obs, length, limit):
+        seen.append(obs)
+        raise STOP
+
+    until(monkeypatch, tmp_path, "imagine", watch, "--source-run", base, "--reset-share", 0.25)
+    source = torch.load(base / "source.pt", weights_only=True)["source"]["buffer"]["rows"]["obs"]
+    known = (seen[0][:, None] == source[None]).all(-1).any(1)
+    assert known.tolist() == [False] * 2 + [True] * 6
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -495,7 +626,7 @@ def test_the_agent_that_starts_in_the_target_task(base, tmp_path, monkeypatch, w
         seen["after"] = state(run.source.agent), state(run.target.agent)
 
     monkeypatch.setattr(wombet, "learn", learn)
-    assert run(tmp_path, "--source-run", base, *[] if warm else ["--no-warm-start"])[0] == 0
+    assert run(tmp_path, "--source-run", base, "--target-steps", 20, *[] if warm else ["--no-warm-start"])[0] == 0
     (source, target), (source_later, target_later) = seen["before"], seen["after"]
     assert same(source, target) == warm
     assert same(source, source_later) and not same(target, target_later)
@@ -525,9 +656,23 @@ def test_trajectories_are_cut_by_the_trust_percentile_alone(base, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--source", "stand"], ["--source-speed-cap", "0.1"], ["--no-layer-norm"]])
-def test_source_flags(base, tmp_path, flags):
-    code, folder = run(tmp_path, *flags)
-    assert code == 0 and rows(folder)[-1] != rows(base)[-1]
+def test_source_flags(base, tmp_path, monkeypatch, flags):
+    """Each changes what the source phase learns; which is evaluated in the source's environments, the rest in the
+    target's."""
+    played, original = [], wombet.evaluation_row
+
+    def watch(agent, envs):
+        played.append({env.task.source for env in envs})
+        return original(agent, envs)
+
+    monkeypatch.setattr(wombet, "evaluation_row", watch)
+    code, folder = run(tmp_path, *flags, "--pretrain-updates", 2, "--target-steps", 1)
+    actors = [torch.load(f / "source.pt", weights_only=True)["source"]["agent"]["actor"] for f in (folder, base)]
+    assert code == 0 and not torch.equal(*(actor["net.0.weight"] for actor in actors))
+    phases = [row["phase"] for row in rows(folder)]
+    assert phases == ["source"] * 3 + ["offline"] * 2 + ["target"] * 2
+    source = "stand" if "stand" in flags else "near"
+    assert played == [{source} if phase == "source" else {None} for phase in phases]
 
 
 def test_without_prior_there_is_no_source_and_no_data(tmp_path):
@@ -543,7 +688,7 @@ def test_offline_data_instead_of_a_source(base, tmp_path):
     np.savez(tmp_path / "five.npz", **{k: data[k] for k in ("observations", "actions", "rewards", "next_observations",
                                                              "terminals")})
     for name, file in (("own", base / "dataset.npz"), ("five", tmp_path / "five.npz")):
-        code, folder = run(tmp_path, "--offline-data", file, "--pretrain-updates", 4, name=name)
+        code, folder = run(tmp_path, "--offline-data", file, "--pretrain-updates", 4, "--target-steps", 65, name=name)
         assert code == 0
         assert [r["updates"] for r in rows(folder) if r["phase"] == "offline"] == ["0", "4"]
         assert {(r["source_steps"], r["offline_size"]) for r in rows(folder)} == {("0", str(len(data["rewards"])))}
@@ -552,8 +697,8 @@ def test_offline_data_instead_of_a_source(base, tmp_path):
     assert rows(tmp_path / "Hopper-v4__own__0") != rows(tmp_path / "Hopper-v4__five__0")
     (tmp_path / "five.npz").unlink()  # the checkpoint has its rows
     assert wombet.main(["--evaluate", str(folder)]) == 0
-    assert wombet.main(["--resume", str(folder), "--target-steps", "130"]) == 0
-    assert rows(folder)[-1]["env_steps"] == "130"
+    assert wombet.main(["--resume", str(folder), "--target-steps", "70"]) == 0
+    assert rows(folder)[-1]["env_steps"] == "70"
 
 
 def test_a_time_limit_is_a_truncation(tmp_path):
@@ -740,7 +885,7 @@ def test_preset_paper(base, tmp_path):
     wombet.parse_args(["--preset", "paper", "--offline-capacity", "13000", "--rollouts", "9000"])  # which are not made
     for without in (["--no-prior"], ["--offline-data", "a.npz"], ["--alpha-rule", "fixed", "--alpha", "0"]):
         wombet.parse_args([*without, "--imagined-trajectories", "9000", "--rollouts", "90000"])
-    tiny = ["--target-steps", 60, "--imagined-length", 16, "--offline-capacity", 300]
+    tiny = ["--target-steps", 60, "--imagined-length", 16, "--offline-capacity", 300, "--imagined-trajectories", 2]
     assert run(tmp_path, "--preset", "paper", *tiny)[0] == 0
 
 

@@ -219,6 +219,20 @@ def test_bootstraps_and_holdout():
     assert len(held) == 100 and not held & set.union(*uniques)
 
 
+def test_the_true_error_by_hand_is_of_the_calibrating_half_of_the_holdout():
+    """Every tenth row is held out: half of them to stop by, and the others, whose errors fit gives, to calibrate on."""
+    data, _ = linear_data(400)
+    model = small(coverage=0.0)
+    result = model.fit(*data, max_epochs=2)
+    mean = model.predict(*data[:2])[0].mean(0)
+    gap = (mean - torch.cat(data[2:], -1)) / model.target_std
+    torch.testing.assert_close(model.error(*data), gap.square().sum(-1).sqrt() / math.sqrt(3), rtol=1e-3, atol=1e-5)
+    train, held, stopping, calibrating = (set(rows.tolist()) for rows in model._split(data[0], None))
+    assert held == set(range(0, 400, 10)) == stopping | calibrating
+    assert not stopping & calibrating and not train & held
+    torch.testing.assert_close(result["holdout_error"], model.error(*data)[sorted(calibrating)])
+
+
 def test_calibrated_uncertainty_covers_the_error():
     """u is at or above the error for 95 % of the rows that scaled it, and for about as many new ones; a scale of 1 is
     the switch's off. The rows held out are the same in a refit on more rows."""
