@@ -541,7 +541,8 @@ def summarise(args):
             known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
             pairs = [("wombet", label) for label in labels]
             if topic == "parts" and phase == "target":
-                pairs += [("model", "data"), ("model", "first"), *((name, "scratch") for name in labels if name != "wombet")]
+                new = [name for name in labels if name != "wombet"]
+                pairs += [("model", "data"), ("model", "first"), *((name, "scratch") for name in new)]
             if topic == "shift":
                 rivals = [*labels, "scratch"] if phase == "target" else labels
                 agents = [re.fullmatch(r"(\w+)(-new.*)?", name) for name in found[topic, "target"].get(env, {})]
