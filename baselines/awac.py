@@ -8,7 +8,8 @@
 
 Online it goes on alike: new steps join the dataset, one update a step.
 
-Deviation: weights are cut at 100 (as in CORL's awac.py), where the authors' code divides them by their sum.
+Deviation: weights are cut at 100 (as in CORL's awac.py), where the authors' code divides them by their sum. Two hidden
+layers, not three; the mean is squashed, the standard deviation's bounds are soft, observations are not normalised.
 """
 
 import sys

@@ -7,7 +7,10 @@
     actor   -min(exp(beta (min_i Q'_i(s, a) - V(s))), 100) log pi(a|s)   advantage-weighted regression (eq. 7)
 
 Rewards are scaled by 1000 / (highest - lowest return of the dataset's trajectories), as the authors' code does for
-locomotion. Online it goes on alike: new steps join the dataset, sampling stays uniform, one update a step.
+locomotion. Online new steps join the dataset, sampling stays uniform, one update a step.
+
+Deviation: offline the actor's learning rate falls by a cosine, online it is constant; the authors' is constant in both
+where they go on online. The standard deviation's bounds are soft, and observations are not normalised.
 """
 
 import math

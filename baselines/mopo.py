@@ -11,7 +11,7 @@ on those steps and, to a share of `real_ratio`, on the data. u is the largest of
 deviations of (s', r), each the length of a vector in the environment's units.
 
 Deviation: all members roll out, not the best five, and stay within the data's range; 10,000 rollouts at a time, not
-50,000; no weight decay; at most 60 epochs.
+50,000; no weight decay; at most 60 epochs; the actor's learning rate is constant.
 Online (not in the paper): new steps join the data, and every `refit_every` of them the model is fit again on all of it.
 """
 
