@@ -541,8 +541,8 @@ def summarise(args):
             known = {**found.get(("fig2", "target"), {}).get(env, {}), **found[topic, "target"].get(env, {})}
             pairs = [("wombet", label) for label in labels]
             if topic == "parts" and phase == "target":
-                new = [name for name in labels if name != "wombet"]
-                pairs += [("model", "data"), ("model", "first"), *((name, "scratch") for name in new)]
+                pairs += [("model", "data"), ("model", "first"),
+                          ("data", "scratch"), ("first", "scratch"), ("model", "scratch")]
             if topic == "shift":
                 rivals = [*labels, "scratch"] if phase == "target" else labels
                 agents = [re.fullmatch(r"(\w+)(-new.*)?", name) for name in found[topic, "target"].get(env, {})]
