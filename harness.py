@@ -803,7 +803,9 @@ def evaluation_row(agent, envs, frames=None):
     returns, lengths, discounted = evaluate(act, envs, frames, agent.discount if critical else 1.0)
     row = {"return_mean": float(returns.mean()), "return_std": float(returns.std()),
            "length_mean": float(lengths.mean())}
-    if critical:  # eq. 10's error with its sign, at the episodes' first states; past a time limit returns go on unseen
+    # eq. 10's error with its sign, at the episodes' first states; Q holds SAC's entropy term and eq. 7's penalty, too,
+    # and past a time limit returns go on unseen
+    if critical:
         starts = torch.as_tensor(first_observations(envs), device=agent.device)
         row["discounted_mean"] = float(discounted.mean())
         row["q_error"] = float(agent.q_value(starts, act(starts)).cpu().numpy().mean() - discounted.mean())

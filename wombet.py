@@ -96,7 +96,7 @@ def build_parser():
     g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates, 1 at least")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
     g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
-                   "moves a candidate, or each member does and returns are averaged")
+                   "moves a state; or each member's: candidates' returns are averaged, a trajectory follows one")
     g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
     g.add_argument("--plan-penalty-coef", type=nonnegative, default=4.0, help="lambda of eqs. 3 to 5")
@@ -155,11 +155,11 @@ def check_args(args):
     require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
             f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
     require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
+    learns_source, mixes = args.prior and not args.offline_data, args.alpha_rule == "adaptive" or args.alpha > 0
     for low, high in (("alpha_min", "alpha_max"), ("min_critics", "critics"), ("elites", "population"),
-                      ("horizon", "imagined_length"), ("replan_every", "horizon")):
+                      *[("horizon", "imagined_length")] * (learns_source and mixes), ("replan_every", "horizon")):
         require(vars(args)[low] <= vars(args)[high], f"{as_flag(low, vars(args)[low])} is above "
                 f"{as_flag(high, vars(args)[high])}")
-    learns_source, mixes = args.prior and not args.offline_data, args.alpha_rule == "adaptive" or args.alpha > 0
     rounds = args.imagine_every and args.imagine_with == "policy"
     for n, length, used in (("imagined_trajectories", "imagined_length", True), ("rollouts", "rollout_length", rounds)):
         size, steps = vars(args)[n], vars(args)[length]
@@ -233,21 +233,20 @@ def build(args, run_dir, state=None):
                                uncertainty_kind=args.uncertainty, coverage=args.coverage,
                                inference_dtype=args.speed["dtype"], fit_dtype=args.speed["dtype"],
                                compile=args.speed["compile"]).to(args.device)
+        run.model_step = run.model.member_step if args.expectation == "members" else run.model.step
         run.offline_data = ReplayBuffer(args.offline_capacity, args.device, **env.shapes)
     return run
 
 
 def planner(run):
     """MPC in the world model under the source task's reward, guided by the source agent."""
-    args, source, model, task = run.args, run.source, run.model, run.source.env.task
-    members = args.expectation == "members"
-    return MPC(model.member_step if members else model.step, task.reward, task.terminated, source.env.action_dim,
-               horizon=args.horizon, population=args.population, elites=args.elites, iterations=args.iterations,
-               momentum=args.momentum, init_std=args.init_std, noise_beta=args.noise_beta,
-               keep_elites=args.keep_elites, discount=args.discount, penalty_coef=args.plan_penalty_coef,
-               execute_steps=args.replan_every, particles=args.members if members else 1,
-               policy=source.agent.propose if args.guide else None, policy_samples=args.policy_samples,
-               value=source.agent.value if args.guide else None)
+    args, source, task = run.args, run.source, run.source.env.task
+    return MPC(run.model_step, task.reward, task.terminated, source.env.action_dim, horizon=args.horizon,
+               population=args.population, elites=args.elites, iterations=args.iterations, momentum=args.momentum,
+               init_std=args.init_std, noise_beta=args.noise_beta, keep_elites=args.keep_elites,
+               discount=args.discount, penalty_coef=args.plan_penalty_coef, execute_steps=args.replan_every,
+               particles=args.members if args.expectation == "members" else 1, policy_samples=args.policy_samples,
+               **({"policy": source.agent.propose, "value": source.agent.value} if args.guide else {}))
 
 
 SIDE_VALUES = ("step", "updates")  # of a side, and below of a run, what a checkpoint keeps as it is
@@ -417,7 +416,7 @@ def fit(run, epochs):
     args, began = run.args, time.time()
     # rows are only ever appended, so that what the fit holds out stays held out
     target, imagined = run.target.buffer.filled(), []
-    parts = [run.source.buffer.filled(), {key: values[run.pooled:] for key, values in target.items()}]
+    real = parts = [run.source.buffer.filled(), {key: values[run.pooled:] for key, values in target.items()}]
     if args.refit_on_imagined and run.phase == "target":
         # Deviation 9: the paper's D is D_S and D_T; the default leaves out what the model itself has imagined
         parts, imagined = [target], [run.offline_data.filled()]
@@ -425,6 +424,7 @@ def fit(run, epochs):
     columns = {k: torch.cat([part[k] for part in parts + imagined]) for k in ("obs", "action", "next_obs", "features")}
     rows = torch.arange(len(columns["obs"]), device=args.device)
     result = run.model.fit(**columns, held_out=(rows % 10 == 0) & (rows < n_real), lr=args.model_lr,
+                           bounds=torch.cat([part[key] for part in real for key in ("obs", "next_obs")]),
                            batch_size=args.model_batch_size, max_epochs=epochs)
     run.holdout_mse = result["holdout_mse"]
     pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
@@ -440,7 +440,7 @@ def fit(run, epochs):
 
 def imagine_round(run, number):
     """Adds a round of imagination to D_S where `number`, of steps or of actor updates, is one of --imagine-every's."""
-    if imagines(run) and run.args.imagine_every and number % run.args.imagine_every == 0:
+    if number and imagines(run) and run.args.imagine_every and number % run.args.imagine_every == 0:
         (generate if run.args.imagine_with == "mpc" else imagine_policy)(run)
 
 
@@ -460,8 +460,8 @@ def trust_limit(run):
 def imagine_policy(run):
     """The present agent in the model under the target's reward, a few steps from real states, half of them D_T's.
 
-    Deviation 8: section 4.3 imagines with the planner under r_S alone. Of eq. 6 each step passes the half on u; eq. 7
-    penalises it.
+    Deviation 8: section 4.3 imagines with the planner under r_S alone. In place of eq. 6 each step passes
+    `trust_limit`; eq. 7 penalises it.
     """
     args, target = run.args, run.target
     n_new = args.rollouts // 2 if target.buffer.size > run.pooled else 0  # none before D_T begins
@@ -516,7 +516,7 @@ def imagine_mpc(run):
     env.seed(int(run.rng.integers(2**31)))
     resets = [torch.as_tensor(env.reset(), device=args.device)[None] for _ in range(n_reset)]
     starts = torch.cat([*resets, source.buffer.sample(n - n_reset)["obs"]])
-    return imagine(run.model.step, source.env.task.terminated, planner(run).act, starts, length, trust_limit(run))
+    return imagine(run.model_step, source.env.task.terminated, planner(run).act, starts, length, trust_limit(run))
 
 
 def refresh_uncertainty(run):

@@ -22,8 +22,8 @@ class WorldModel(nn.Module):
         coverage: each fit scales u such that it is at or above the true error for this share of held-out transitions
             (split-conformal calibration), so that eq. 2's assumption W_1 <= u holds for them; 0: u as it is.
             Deviation 4: the paper assumes it of the ensemble as it is.
-        margin: imagined observations are kept within the range of the last fit's data, widened on each side by this
-            share of it.
+        margin: imagined observations are kept within the range of the last fit's data (its `bounds`), widened on each
+            side by this share of it.
         inference_dtype: "float32", or "bfloat16" for the products of `step` and `uncertainty`: 1.7 times as fast where
             the processor has them; the means move by .002 normalised units, a fortieth of a good model's error.
         fit_dtype: the same, of the products in fitting. compile: torch.compile the gradients of a fit.
@@ -132,7 +132,7 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def member_step(self, obs, action):
         """As `step`, but row i moves by the mean of member i mod E: E rows in a row are the members' futures of one
-        state, whose average is eq. 1's expectation over the ensemble. Shapes as in `step`."""
+        state, whose average stands for eq. 1's expectation; no Gaussian noise is drawn. Shapes as in `step`."""
         inputs, rows = torch.cat([obs, action], -1), torch.arange(len(obs), device=obs.device)
         mean = self._means(inputs, self.inference_dtype)
         return *self._move(obs, mean[rows % self.members, rows]), self._disagreement(mean, inputs)
@@ -150,8 +150,8 @@ class WorldModel(nn.Module):
         target = (torch.cat([next_obs - obs, features], -1) - self.target_mean) / self.target_std * self.varies
         return (mean - target).norm(dim=-1) / self._root_d()
 
-    def fit(self, obs, action, next_obs, features, *, held_out=None, lr=1e-3, batch_size=256, max_epochs=40,
-            patience=5):
+    def fit(self, obs, action, next_obs, features, *, held_out=None, bounds=None, lr=1e-3, batch_size=256,
+            max_epochs=40, patience=5):
         """Gaussian maximum likelihood on bootstraps, from the present weights (so a refit is a warm start).
 
         No member trains on the held-out rows. Half of them stop the fit once no member has gained 1 % for `patience`
@@ -159,7 +159,8 @@ class WorldModel(nn.Module):
         bootstrap is drawn once.
 
         Args: obs, next_obs (n, d), action (n, A), features (n, f). held_out: (n,) bool, by default every tenth row:
-            where rows are only ever appended, what is held out stays held out over refits.
+            where rows are only ever appended, what is held out stays held out over refits. bounds: (m, d)
+            observations whose range, widened by `margin`, imagined ones keep to; by default obs and next_obs.
 
         Returns {"epochs", "holdout_mse" (over the dimensions that vary; 1 is what the data's mean achieves),
         "holdout_nll", "holdout_u", "holdout_error" (u and the true error it stands for, per row of the half that
@@ -171,7 +172,10 @@ class WorldModel(nn.Module):
         if n < 10:
             raise ValueError(f"{n} transitions are too few to fit a world model: collect at least 10")
         train, held, stopping, calibrating = self._split(inputs, held_out)
-        self._normalise(inputs[train], targets[train], torch.cat([obs, next_obs]))  # episodes end in a next_obs
+        self._normalise(inputs[train], targets[train])
+        seen = torch.cat([obs, next_obs]) if bounds is None else bounds  # episodes end in a next_obs
+        low, high = seen.amin(0), seen.amax(0)
+        self.obs_low, self.obs_high = low - self.margin * (high - low), high + self.margin * (high - low)
         targets = (targets - self.target_mean) / self.target_std
         boot = train[torch.randint(len(train), (self.members, len(train)), device=train.device)]
         size = min(batch_size, len(train))
@@ -213,8 +217,9 @@ class WorldModel(nn.Module):
         if held_out is None:
             held_out = torch.arange(len(rows), device=rows.device) % 10 == 0
         held, train = held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
-        held = held[:: 1 + len(held) // 10_000]  # enough to look at
-        return train, held, held[::2], held[1::2] if len(held) > 1 else held
+        halves = held[::2], held[1::2] if len(held) > 1 else held
+        stopping, calibrating = (half[:: 1 + len(half) // 5_000] for half in halves)  # enough to look at
+        return train, torch.cat([stopping, calibrating]).unique(), stopping, calibrating
 
     def calibrate(self, obs, action, next_obs, features, held_out=None):
         """Scales u to cover the error for the share `coverage` of the held-out half that `fit` leaves for it; the
@@ -248,7 +253,7 @@ class WorldModel(nn.Module):
         loss = nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
         return loss.detach(), torch.autograd.grad(loss, list(self.parameters()))
 
-    def _normalise(self, inputs, targets, obs):
+    def _normalise(self, inputs, targets):
         self.input_mean, self.target_mean = inputs.mean(0), targets.mean(0)
         input_std, target_std = inputs.std(0), targets.std(0)
         # a dimension that never varies (Pusher's goal) is divided by one, and predicted by its mean; one that varies
@@ -259,8 +264,6 @@ class WorldModel(nn.Module):
         self.input_std = torch.where(input_std > 1e-6, input_std.maximum(1e-3 * scale), torch.ones_like(input_std))
         self.varies = (target_std > 1e-6).to(targets.dtype)
         self.target_std = torch.where(target_std > 1e-6, target_std, torch.ones_like(target_std))
-        low, high = obs.amin(0), obs.amax(0)
-        self.obs_low, self.obs_high = low - self.margin * (high - low), high + self.margin * (high - low)
 
     @torch.no_grad()
     def _holdout_mse(self, inputs, targets):

@@ -11,8 +11,9 @@ on those steps and, to a share of `real_ratio`, on the data. u is the largest of
 deviations of (s', r), each the length of a vector in the environment's units.
 
 Deviation: all members roll out, not the best five, and stay within the data's range; 10,000 rollouts at a time, not
-50,000; no weight decay; at most 60 epochs; the actor's learning rate is constant.
-Online (not in the paper): new steps join the data, and every `refit_every` of them the model is fit again on all of it.
+50,000; no weight decay; the actor's learning rate is constant.
+Online (not in the paper): new steps join the data, and every `refit_every` of them the model is fit again on all of it,
+and imagines anew.
 """
 
 import sys
@@ -44,12 +45,13 @@ class Imagination:
                                    action=(action_dim,), reward=(), next_obs=(d,), terminated=(), uncertainty=())
 
     def fit(self, buffer, note=None, **others):
-        """Fits the model to the buffer; others win over `fit_kwargs`."""
+        """Fits the model to the buffer, and forgets what it had imagined; others win over `fit_kwargs`."""
         data = buffer.filled()
         # a file may not tell where a fall ended: `load_dataset` puts the observation itself there
         known = (data["next_obs"] != data["obs"]).any(1)
         obs, action, next_obs, reward = (data[key][known] for key in ("obs", "action", "next_obs", "reward"))
         result = self.model.fit(obs, action, next_obs, reward[:, None], **{**self.fit_kwargs, **others})
+        self.buffer.size = self.buffer.position = 0
         if note:
             note(f"model fit on {known.sum():,} transitions: {result['epochs']} epochs, holdout MSE "
                  f"{result['holdout_mse']:.4f} of the variance")
@@ -57,23 +59,23 @@ class Imagination:
 
     @torch.no_grad()
     def step(self, obs, action):
-        """obs (B, d), action (B, A) -> next_obs (B, d) and penalised reward r~ (B,), from a random member each."""
+        """obs (B, d), action (B, A) -> next_obs (B, d), penalised reward r~ (B,) and where it terminates (B,) bool, from
+        a random member each. A fall ends it also where the data's range has none."""
         mean, std = self.model.predict(obs, action)
         rows = torch.arange(len(obs), device=obs.device)
         member = torch.randint(len(mean), rows.shape, device=obs.device)
         drawn = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
-        next_obs = drawn[:, : self.model.obs_dim].clamp(self.model.obs_low, self.model.obs_high)
+        free = drawn[:, : self.model.obs_dim]
         reward = drawn[:, self.model.obs_dim]
         if self.penalty_coef:
             reward = reward - self.penalty_coef * std.norm(dim=-1).amax(0)
-        return next_obs, reward
+        return free.clamp(self.model.obs_low, self.model.obs_high), reward, self.terminated(free)
 
     def roll_out(self, policy, obs):
         """Adds rollouts of policy: obs (B, d) -> action (B, A), from obs on, each until it terminates."""
         for _ in range(self.rollout_length):
             action = policy(obs)
-            next_obs, reward = self.step(obs, action)
-            over = self.terminated(next_obs)
+            next_obs, reward, over = self.step(obs, action)
             self.buffer.add(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=over,
                             uncertainty=torch.zeros_like(reward))  # r~ has it already
             obs = next_obs[~over]
@@ -81,8 +83,9 @@ class Imagination:
                 break
 
     def batch(self, buffer, policy, updates, batch_size):
-        """{key: (B, ...)} and how many of its first rows are data; rolls out first where it is time."""
-        if updates % self.rollout_every == 0:
+        """{key: (B, ...)} and how many of its first rows are data; rolls out first where it is time, or
+        nothing is imagined."""
+        if updates % self.rollout_every == 0 or not self.buffer.size:
             self.roll_out(policy, buffer.sample(self.rollout_batch)["obs"])
         batch, n_real = mixed_batch(buffer, self.buffer, self.real_ratio, batch_size, 1)
         return {key: values[0] for key, values in batch.items()}, n_real
@@ -103,7 +106,7 @@ class MOPO(DelayedSAC):
 
     PARTS = (*DelayedSAC.PARTS, "imagination")
 
-    def __init__(self, obs_dim, action_dim, *, imagination, offline_updates=0, refit_every=0, refit_epochs=3, **others):
+    def __init__(self, obs_dim, action_dim, *, imagination, offline_updates=0, refit_every=0, refit_epochs=30, **others):
         super().__init__(obs_dim, action_dim, **others)
         self.imagination, self.prepare = imagination, imagination.fit
         self.offline_updates, self.refit_every, self.refit_epochs = offline_updates, refit_every, refit_epochs
@@ -123,9 +126,9 @@ def model_flags(parser, real_ratio):
     g.add_argument("--model-layers", type=common.count, default=4, help="hidden layers")
     g.add_argument("--model-lr", type=common.positive, default=1e-3, help="learning rate")
     g.add_argument("--model-batch-size", type=common.count, default=256, help="transitions per member and step")
-    g.add_argument("--model-epochs", type=common.count, default=60, help="most epochs of the first fit")
+    g.add_argument("--model-epochs", type=common.count, default=300, help="most epochs of the first fit")
     g.add_argument("--refit-every", type=common.amount, default=1000, help="online steps between fits; 0: none")
-    g.add_argument("--refit-epochs", type=common.count, default=3, help="most epochs of such a fit, a warm start")
+    g.add_argument("--refit-epochs", type=common.count, default=30, help="most epochs of such a fit, a warm start")
     g.add_argument("--rollout-length", type=common.count, default=5, help="steps of a rollout (published: 1 to 5)")
     g.add_argument("--rollout-batch", type=common.count, default=10_000, help="rollouts at a time")
     g.add_argument("--rollout-every", type=common.count, default=1000, help="updates between rollouts")

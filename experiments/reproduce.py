@@ -32,21 +32,21 @@ ROOT = Path(__file__).resolve().parent.parent
 NEAR_FOUR = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5")
 PAIR = ("HalfCheetah-v4", "Walker2d-v4")
 
-# envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds.
-# source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
+# envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds. window: of the
+# source's agent, in WOMBET's source phase. source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
 # than half". before: WOMBET's updates before the first target step in that topic. offline, slow_offline: updates on
 # D_S, and those of CQL and COMBO, which take ten times as long.
 # wombet, baseline, bound: flags of WOMBET's runs, of every baseline, of bound.py; more: of single baselines.
 FEW_ACTIONS = ("--cql-actions", 4)
 CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,
-           before=16_000, offline=20_000, slow_offline=10_000, wombet=(), baseline=("--eval-every", 2500), bound=(),
-           more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
+           before=16_000, offline=20_000, slow_offline=10_000, window=2000, wombet=(), baseline=("--eval-every", 2500),
+           bound=(), more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
 BUDGETS = {
     "cpu": CPU,
     "paper": {**CPU, "envs": (*NEAR_FOUR, "Ant-v4", "Swimmer-v4"), "few": range(5), "offline": 100_000,
               "slow_offline": 100_000, "more": {}},
     "quick": {**CPU, "envs": ("Hopper-v4",), "pair": ("Hopper-v4",), "many": range(1), "few": range(1), "source": 400,
-              "target": 200, "before": 50, "online": 400, "offline": 100, "slow_offline": 50,
+              "target": 200, "before": 50, "online": 400, "offline": 100, "slow_offline": 50, "window": 100,
               "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
                                     "--hidden 64 --model-hidden 64 --random-steps 100 --snapshot-window 100 "
                                     "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
@@ -57,8 +57,8 @@ BUDGETS = {
                        "cql": FEW_ACTIONS, "combo": FEW_ACTIONS, "bc": ("--critic-steps", 50)}}}
 
 # flags of offline methods on D_S, by method, or method and environment. IQL scales rewards by the returns of whole
-# episodes, which D_S has not: its trajectories are cut. COMBO's rollouts: OfflineRL-Kit's for that environment
-ON_D_S = {"iql": ("--no-scale-rewards",), ("combo", "Walker2d-v4"): ("--rollout-length", 1)}
+# episodes, which D_S has not: its trajectories are cut. Rollouts of one step: OfflineRL-Kit's for narrow data there
+ON_D_S = {"iql": ("--no-scale-rewards",), **{(m, "Walker2d-v4"): ("--rollout-length", 1) for m in ("mopo", "combo")}}
 
 KEPT = ("config.json", "model_error.csv", "progress.csv")  # progress.csv last: it says that a run is done
 
@@ -217,9 +217,11 @@ def fig6(b):
 
 
 def preset(b):
-    """The literal paper: its source phase is its own."""
+    """The literal paper. It says nothing of who collects the source data: they and the first model are WOMBET's."""
     for env in b.envs:
-        yield from (wombet(b, "preset", "preset", env, seed, "--preset", "paper") for seed in b.few)
+        yield from (default(b, env, seed) for seed in b.few)
+        yield from (variant(b, "preset", "preset", env, seed, "--preset", "paper", "--snapshot-window", b.window)
+                    for seed in b.few)
 
 
 def shift(b):

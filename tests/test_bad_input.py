@@ -939,7 +939,7 @@ def test_a_dimension_that_hardly_varies():
     rows[:, 1], rows[:, 2], rows[:, 3] = 0.5 + 1e-5 * rows[:, 1], 1e-5 * rows[:, 2], 0.45  # .45: never
     rows[:, 4] = 1000 + 0.5 * rows[:, 4]  # far from 0, and it tells something
     model = WorldModel(5, 1, members=2, hidden=8, layers=1)
-    model._normalise(rows, rows[:, :5] * 0.1, rows[:, :5])
+    model._normalise(rows, rows[:, :5] * 0.1)
     assert (0.01 / model.input_std[1:3] <= 25).all() and model.input_std[3] == 1
     assert 0.9 < model.input_std[0] < 1.1 and 0.4 < model.input_std[4] <= 1.01
 

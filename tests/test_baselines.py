@@ -341,6 +341,12 @@ def test_mopo_reward_on_a_model_with_known_deviations(monkeypatch):
     torch.testing.assert_close(data["terminated"], (data["next_obs"][:, 0] > 0.35).float())
     assert (data["obs"][:, 0] <= 0.35).all()  # nothing goes on after its end
     assert len(data["obs"]) < 3 * 64 and (data["uncertainty"] == 0).all()
+    model.obs_high.fill_(0.2)  # what the data's range hides has ended all the same
+    tight = Imagination(model, lambda obs: obs[:, 0] > 0.25, **SHORT)
+    tight.roll_out(lambda obs: torch.zeros(len(obs), 1), torch.zeros(64, 1))
+    first = {key: values[:64] for key, values in tight.buffer.filled().items()}
+    assert first["next_obs"].max() == 0.2
+    assert torch.equal(first["terminated"] > 0, first["next_obs"][:, 0] > 0.15) and first["terminated"].any()
 
 
 def test_mopo_and_combo_mix_data_and_imagined_steps():
@@ -355,6 +361,18 @@ def test_mopo_and_combo_mix_data_and_imagined_steps():
     agent = MOPO(1, 1, imagination=imagination, **SMALL)
     agent.learn(buffer)
     assert agent.updates == 1
+
+
+def test_what_an_older_model_imagined_goes(monkeypatch):
+    """After a fit batches hold nothing of before, and it is time for rollouts."""
+    buffer, model = filled(obs_dim=1, action=torch.full((256, 1), 0.25)), constant_model([[0.1, 1.0]] * 2)
+    monkeypatch.setattr(model, "fit", lambda *_: dict(epochs=1, holdout_mse=0.0))
+    imagination = Imagination(model, lambda obs: obs[:, 0] > 99, **SHORT)
+    imagination.batch(buffer, lambda obs: torch.full((len(obs), 1), 0.5), 0, 64)
+    imagination.fit(buffer)
+    batch, n_real = imagination.batch(buffer, lambda obs: torch.full((len(obs), 1), 0.75), 5, 64)
+    assert batch["action"].flatten().tolist() == [0.25] * 32 + [0.75] * 32 and n_real == 32
+    assert imagination.buffer.size == 64 * 3
 
 
 def test_the_td_error_of_mopo_and_combo_is_of_all_rows():

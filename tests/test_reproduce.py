@@ -108,7 +108,7 @@ GIVEN = {
     "fig4/bc": "--online-steps 25000", "fig4/awac": "--online-steps 25000",
     "fig5/half": "--alpha-rule fixed --alpha 0.5",
     "fig6/filter-none": "--imagine-every 0 --filter none",
-    "preset/preset": "--preset paper",
+    "preset/preset": "--preset paper --snapshot-window 2000 --source-run runs/fig2/HalfCheetah-v4__wombet__0",
     "shift/stand-nokeep": "--source stand --no-keep-source-data",
     "shift/stand-new": "--source stand --no-warm-start",
     "shift/backward-control": "--source backward --alpha-rule fixed --alpha 0",

@@ -316,8 +316,10 @@ def test_target_flags(base, tmp_path, no_float64, flags):
 
 
 @pytest.mark.parametrize("flags", [[], ["--alpha-rule", "fixed", "--alpha", "0"]])
-def test_pretraining(base, tmp_path, flags):
+def test_pretraining(base, tmp_path, monkeypatch, flags):
     """Updates before the first target step, evaluated every 60 of them, with a round every 20 of the actor's."""
+    rounds, imagine_policy = [], wombet.imagine_policy
+    monkeypatch.setattr(wombet, "imagine_policy", lambda run: (rounds.append(run.target.updates), imagine_policy(run)))
     code, folder = run(tmp_path, "--source-run", base, "--pretrain-updates", 130, "--target-steps", 60, *flags)
     assert code == 0
     ours, theirs = rows(folder), rows(base)
@@ -327,7 +329,7 @@ def test_pretraining(base, tmp_path, flags):
     returns = [r["return_mean"] for r in (*offline, target[0])]
     assert returns[0] == theirs[3]["return_mean"]  # the source's agent
     assert returns[0] != returns[-2] == returns[-1]  # the one that learned
-    assert (int(target[0]["offline_size"]) > int(theirs[3]["offline_size"])) == (not flags)
+    assert rounds[:3] == ([] if flags else [40, 80, 120])
 
 
 @pytest.mark.parametrize("kind, coverage", [
@@ -475,7 +477,11 @@ def test_a_refit_on_D_S_and_D_T_alone(base, tmp_path, monkeypatch):
         code, _ = run(tmp_path, "--source-run", base, "--refit-on-imagined", *flags, "--target-steps", 85,
                       name=f"pool{pooled}")
         assert code == 0
+        source = torch.load(base / "source.pt", weights_only=True)["source"]["buffer"]["rows"]
         for given, n_target in zip(seen, (40, 80), strict=True):
+            # imagined states stay within the range of real ones alone, the source's too
+            assert len(given["bounds"]) == 2 * (150 + n_target)
+            assert torch.equal(given["bounds"][:300], torch.cat([source["obs"], source["next_obs"]]))
             assert pooled + n_target < len(given["obs"]) <= pooled + n_target + 100  # D_S holds 100 at most
             assert given["held_out"].nonzero().flatten().tolist() == list(range(0, pooled + n_target, 10))
 
@@ -595,17 +601,20 @@ def test_the_policys_rounds(base, tmp_path, monkeypatch):
 
 
 def test_the_share_of_trajectories_that_start_from_resets(base, tmp_path, monkeypatch):
-    """A quarter of eight; the others start from states of the source data."""
-    seen = []
+    """A quarter of eight; the others start from states of the source data. They move as the planner's candidates do."""
+    seen, steps = [], []
 
     def watch(original, step, terminated, act, obs, length, limit):
         seen.append(obs)
+        steps.append(step.__name__)
         raise STOP
 
     until(monkeypatch, tmp_path, "imagine", watch, "--source-run", base, "--reset-share", 0.25)
     source = torch.load(base / "source.pt", weights_only=True)["source"]["buffer"]["rows"]["obs"]
     known = (seen[0][:, None] == source[None]).all(-1).any(1)
     assert known.tolist() == [False] * 2 + [True] * 6
+    until(monkeypatch, tmp_path, "imagine", watch, "--source-run", base, "--expectation", "members", "--name", "b")
+    assert steps == ["step", "member_step"]
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -885,6 +894,7 @@ def test_preset_paper(base, tmp_path):
     wombet.parse_args(["--preset", "paper", "--offline-capacity", "13000", "--rollouts", "9000"])  # which are not made
     for without in (["--no-prior"], ["--offline-data", "a.npz"], ["--alpha-rule", "fixed", "--alpha", "0"]):
         wombet.parse_args([*without, "--imagined-trajectories", "9000", "--rollouts", "90000"])
+        wombet.parse_args([*without, "--imagined-length", "3"])  # nor planned, so that a horizon of 5 is no matter
     tiny = ["--target-steps", 60, "--imagined-length", 16, "--offline-capacity", 300, "--imagined-trajectories", 2]
     assert run(tmp_path, "--preset", "paper", *tiny)[0] == 0
 

@@ -202,6 +202,8 @@ def test_range_covers_where_episodes_end():
     model = WorldModel(1, 1, members=2, hidden=16, layers=1)
     model.fit(obs, action, obs - 2.0, torch.zeros(500, 0), max_epochs=2)
     torch.testing.assert_close(model.step(obs[:9], action[:9])[0], obs[:9] - 2.0, rtol=0, atol=0.05)
+    model.fit(obs, action, obs - 2.0, torch.zeros(500, 0), max_epochs=1, bounds=torch.tensor([[0.0], [1.0]]))
+    assert (model.obs_low.item(), model.obs_high.item()) == pytest.approx((-0.1, 1.1))  # of these rows, not of the fit's
 
 
 def test_bootstraps_and_holdout():
@@ -231,6 +233,10 @@ def test_the_true_error_by_hand_is_of_the_calibrating_half_of_the_holdout():
     assert held == set(range(0, 400, 10)) == stopping | calibrating
     assert not stopping & calibrating and not train & held
     torch.testing.assert_close(result["holdout_error"], model.error(*data)[sorted(calibrating)])
+    # of many rows some are looked at; what stopped a fit never calibrates a later one on more rows
+    few, many = (model._split(torch.zeros(n, 1), None) for n in (90_000, 150_000))
+    assert not torch.isin(few[2], many[3]).any() and not torch.isin(few[3], many[2]).any()
+    assert len(many[2]) == len(many[3]) <= 5000 and torch.equal(many[1], torch.cat(many[2:]).sort().values)
 
 
 def test_calibrated_uncertainty_covers_the_error():
