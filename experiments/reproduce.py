@@ -32,21 +32,21 @@ ROOT = Path(__file__).resolve().parent.parent
 NEAR_FOUR = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5")
 PAIR = ("HalfCheetah-v4", "Walker2d-v4")
 
-# envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds. window: of the
-# source's agent, in WOMBET's source phase. source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
-# than half". before: WOMBET's updates before the first target step in that topic. offline, slow_offline: updates on
-# D_S, and those of CQL and COMBO, which take ten times as long.
+# envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds. source, target,
+# online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less than half".
+# offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long. window: the
+# --snapshot-window of WOMBET's source phase.
 # wombet, baseline, bound: flags of WOMBET's runs, of every baseline, of bound.py; more: of single baselines.
 FEW_ACTIONS = ("--cql-actions", 4)
 CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,
-           before=16_000, offline=20_000, slow_offline=10_000, window=2000, wombet=(), baseline=("--eval-every", 2500),
-           bound=(), more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
+           offline=20_000, slow_offline=10_000, window=2000, wombet=(), baseline=("--eval-every", 2500), bound=(),
+           more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
 BUDGETS = {
     "cpu": CPU,
     "paper": {**CPU, "envs": (*NEAR_FOUR, "Ant-v4", "Swimmer-v4"), "few": range(5), "offline": 100_000,
               "slow_offline": 100_000, "more": {}},
     "quick": {**CPU, "envs": ("Hopper-v4",), "pair": ("Hopper-v4",), "many": range(1), "few": range(1), "source": 400,
-              "target": 200, "before": 50, "online": 400, "offline": 100, "slow_offline": 50, "window": 100,
+              "target": 200, "online": 400, "offline": 100, "slow_offline": 50, "window": 100,
               "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
                                     "--hidden 64 --model-hidden 64 --random-steps 100 --snapshot-window 100 "
                                     "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
@@ -142,15 +142,6 @@ def parts(b):
         yield from (default(b, env, seed) for seed in b.few)
         for name, flags in {**ALONE, "first": FIRST}.items():
             yield from (variant(b, "parts", name, env, seed, *flags) for seed in b.few)
-
-
-def before(b):
-    """Updates before the first target step: with imagination, or on the source's real data alone."""
-    for env in b.envs:
-        yield from (default(b, env, seed) for seed in b.few)
-        for name, flags in {"imagined": (), "real": NOTHING_IMAGINED}.items():
-            flags = ("--pretrain-updates", b.before, "--target-steps", 1, *flags)
-            yield from (variant(b, "before", name, env, seed, *flags) for seed in b.few)
 
 
 def fig2(b):
@@ -262,7 +253,7 @@ def baselines(b):
         yield new_job(b, "baselines", "baselines/ppo.py", env, "ppo", b.few[0])
 
 
-ALL = {f.__name__: f for f in (control, parts, before, fig2, fig5, fig6, preset, shift, fig3, fig4, bound)}
+ALL = {f.__name__: f for f in (control, parts, fig2, fig5, fig6, preset, shift, fig3, fig4, bound)}
 TOPICS = {**ALL, "baselines": baselines}
 
 

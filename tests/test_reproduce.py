@@ -79,7 +79,6 @@ def test_the_grid_is_the_issues():
     assert [count("fig2", name) for name in ("wombet", "scratch", "sac", "td3", "ppo")] == [20, 20, 12, 12, 12]
     assert [count("control", name) for name in ("control", "scratch-long")] == [20, 12]
     assert [count("parts", name) for name in ("model", "first", "data")] == [12, 12, 12]
-    assert [count("before", name) for name in ("imagined", "real")] == [12, 12]
     assert [count("fig3", name) for name in ("bc", "iql", "cql", "mopo", "combo")] == [6] * 5
     assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
     assert count("fig5", "half") == count("fig5", "tenth") == 12 and count("preset", "preset") == 12
@@ -101,7 +100,6 @@ GIVEN = {
     "parts/data": "--no-warm-start --alpha-rule fixed --alpha 0",
     "parts/model": "--no-warm-start --no-keep-source-data --alpha-gain 0.3",
     "parts/first": "--no-warm-start --no-keep-source-data --alpha-gain 0.3 --imagine-every 0",
-    "before/real": "--pretrain-updates 16000 --target-steps 1 --alpha-rule fixed --alpha 0",
     "fig2/scratch": "--no-prior",
     "fig3/bc": "--offline-updates 20000", "fig3/cql": "--offline-updates 10000",
     "fig3/combo": "--offline-updates 10000",
