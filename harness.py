@@ -20,6 +20,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -40,6 +41,7 @@ except ImportError:  # Windows: two processes in one folder are then not noticed
 
 import numpy as np
 import torch
+from PIL import Image  # matplotlib brings it
 
 from replay import ReplayBuffer
 from tasks import evaluate, first_observations, make_task
@@ -455,21 +457,12 @@ def replacing(path, suffix=".tmp"):
 MARK = b"sha256\0\0"  # ends a checkpoint, with the 32 bytes of the checksum of all before it; torch.load skips them
 
 
-def checksum(file, size):
-    """Of the next `size` bytes of an open file."""
-    digest = hashlib.sha256()
-    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
-        digest.update(chunk)
-        size -= len(chunk)
-    return digest.digest()
-
-
 def save(path, state):
     """Writes a checkpoint, with its checksum."""
     with replacing(path) as temporary:
         torch.save(state, temporary)
         with open(temporary, "r+b") as file:
-            digest = checksum(file, math.inf)
+            digest = hashlib.file_digest(file, "sha256").digest()
             file.write(MARK + digest)
 
 
@@ -477,12 +470,10 @@ def load(path, device, program):
     """Reads a checkpoint; ValueError where it is missing, cut short, changed by a single bit, or of another program."""
     state, reason = None, "its checksum does not fit"
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size - len(MARK) - 32
-            digest = checksum(file, size)
-            if size > 0 and file.read() == MARK + digest:
-                file.seek(0)
-                state = torch.load(file, map_location=device, weights_only=True)
+        whole = Path(path).read_bytes()
+        body, end = whole[: -len(MARK) - 32], whole[-len(MARK) - 32 :]
+        if end == MARK + hashlib.sha256(body).digest():
+            state = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
     except FileNotFoundError:
         why = "the run has left no checkpoint yet"
         if Path(path).name == "source.pt":
@@ -821,9 +812,8 @@ def show(side, name, gif):
     discounted = f", {row['discounted_mean']:.1f} discounted" if "discounted_mean" in row else ""
     say(f"{name} task, step {side.step:,}: {text} of {row['length_mean']:.0f} steps on average{discounted}")
     if gif:
-        from plot import write_gif  # matplotlib is slow to import
-
-        write_gif(frames[:600:2], gif)
+        pictures = [Image.fromarray(frame).resize((240, 240)) for frame in frames[:600:2]]
+        pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=40, loop=0)
         say(f"{gif}: the first episode, every second step, 300 pictures at most")
 
 

@@ -596,14 +596,6 @@ def compare_means(ours, theirs, rival, quantity):
                *interval(improvement, *means)[:, 0])
 
 
-def write_gif(frames, path, size=240, milliseconds=40):
-    """Writes pictures (each (h, w, 3) uint8) as an animation of size x size pixels."""
-    from PIL import Image  # matplotlib brings it
-
-    pictures = [Image.fromarray(frame).resize((size, size)) for frame in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
-
-
 def check_writable(path, endings):
     """Refuses a file that could not be written, before the work, and leaves nothing behind."""
     if path.suffix.lower() not in endings:

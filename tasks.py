@@ -180,7 +180,7 @@ class Reacher:
 
     SOURCES = ("near",)
     FEATURES = ()
-    action_scale, env_kwargs = 1.0, {}
+    env_kwargs = {}
 
     def __init__(self, name, version, source=None, goal_shift=0.05, ctrl_cost_factor=1.0):
         self.version, self.ctrl_cost = version, ctrl_cost_factor if source else 1.0

@@ -68,7 +68,6 @@ def cql_flags(parser, title, alpha):
     g.add_argument("--cql-alpha", type=common.nonnegative, default=alpha, help="weight of the conservative penalty")
     g.add_argument("--cql-actions", type=common.count, default=10, help="actions per state from each distribution")
     sac_switches(g, backup_entropy=False)
-    return g
 
 
 def build_parser():

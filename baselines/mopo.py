@@ -134,7 +134,6 @@ def model_flags(parser, real_ratio):
     g.add_argument("--rollout-every", type=common.count, default=1000, help="updates between rollouts")
     g.add_argument("--rollout-retain", type=common.count, default=5, help="times that rollouts are kept for")
     g.add_argument("--real-ratio", type=common.fraction, default=real_ratio, help="share of data in a batch")
-    return g
 
 
 def imagination_arguments(args, env, penalty_coef=0.0):

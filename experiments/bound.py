@@ -117,8 +117,9 @@ def draw(rows, used, path):
     coefs = np.geomspace(0.01, 100, 200)
     for ax, (run, coef) in zip(axes[0], used.items()):
         for kind, look in looks.items():
-            least = needed([row for row in rows if row[:2] == (run, kind)] or [(np.nan,) * 3])
-            ax.plot(coefs, [(least <= c).mean() for c in coefs], **look)
+            if some := [row for row in rows if row[:2] == (run, kind)]:
+                least = needed(some)
+                ax.plot(coefs, [(least <= c).mean() for c in coefs], **look)
         ax.axvline(coef, color="#555555", lw=1)
         ax.set(title=run.split("__")[0], xlabel=r"$\lambda$ (reward per unit of u)", xscale="log", ylim=(0, 1.02),
                ylabel="Share for which the bound holds" if ax.get_subplotspec().is_first_col() else "")

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from experiments import bound
 from tasks import TaskEnv
@@ -52,6 +53,15 @@ def test_returns_and_uncertainty_of_a_known_model():
     assert imagined.tolist() == pytest.approx([6.0, 5.0]) and sum_u.tolist() == pytest.approx([0.3, 0.2])
     rows = [("plan", 0, 6.0, 5.0, 0.3), ("plan", 0, 5.0, 5.5, 0.2)]
     assert bound.needed(rows).tolist() == pytest.approx([1 / 0.3, 0.0])
+
+
+def test_a_kind_without_sequences_has_no_line(tmp_path, monkeypatch):
+    """A run without a guide has no source policy: it is not drawn as one for which the bound never holds."""
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda ax, *args, **look: (drawn.append(args[1]), plot(ax, *args, **look))[1])
+    rows = [("a__b__0", kind, 0, 1.0, 2.0, 0.1) for kind in ("plan", "uniform")]
+    bound.draw(rows, {"a__b__0": 4.0}, tmp_path / "bound.png")
+    assert len(drawn) == 2 and all(min(line) == 1 for line in drawn)
 
 
 def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
