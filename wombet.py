@@ -246,7 +246,7 @@ def planner(run):
                init_std=args.init_std, noise_beta=args.noise_beta, keep_elites=args.keep_elites,
                discount=args.discount, penalty_coef=args.plan_penalty_coef, execute_steps=args.replan_every,
                particles=args.members if args.expectation == "members" else 1, policy_samples=args.policy_samples,
-               **({"policy": source.agent.propose, "value": source.agent.value} if args.guide else {}))
+               policy=source.agent.propose if args.guide else None, value=source.agent.value if args.guide else None)
 
 
 SIDE_VALUES = ("step", "updates")  # of a side, and below of a run, what a checkpoint keeps as it is

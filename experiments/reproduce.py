@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import fnmatch
 import importlib
-import json
 import os
 import shlex
 import shutil
@@ -32,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NEAR_FOUR = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Pusher-v5")
 PAIR = ("HalfCheetah-v4", "Walker2d-v4")
 
-# envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds. source, target,
-# online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less than half".
-# offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long. window: the
-# --snapshot-window of WOMBET's source phase.
+# envs, pair: environments, and those of the offline methods and of the moderate shift. many, few: seeds.
+# source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
+# than half". offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long.
+# window: the --snapshot-window of WOMBET's source phase.
 # wombet, baseline, bound: flags of WOMBET's runs, of every baseline, of bound.py; more: of single baselines.
 FEW_ACTIONS = ("--cql-actions", 4)
 CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,

@@ -431,7 +431,7 @@ def test_missing_and_wrong_parts_of_a_checkpoint(runs, tmp_path, capsys, monkeyp
         old = parent.pop(path[-1])
         if wrong is not None:
             parent[path[-1]] = wrong
-        if path[0] in (program, "info") or path[-1] in ("online_since",) or isinstance(path[-1], int) or (
+        if path[0] in (program, "info") or path[-1] == "online_since" or isinstance(path[-1], int) or (
                 wrong is not None and isinstance(old, type(wrong))):
             continue  # names the program; is logged alone; is None at first; is of that type
         with pytest.raises(ValueError, match="the checkpoint does not fit these flags") as caught:
