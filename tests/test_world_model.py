@@ -256,12 +256,13 @@ def test_calibrated_uncertainty_covers_the_error():
 
 
 def test_member_step_moves_each_row_by_its_member(fitted):
+    """As many rows as a CPU takes in three parts: their order stays, and their numbers are those of one part."""
     data, _, state = fitted
     model = fill(small(), state)
-    obs, action = data[0][:10], data[1][:10]
+    obs, action = data[0][:2100], data[1][:2100]
     mean, _ = model.predict(obs, action)
     next_obs, features, u = model.member_step(obs, action)
-    expected = torch.stack([mean[i % 5, i] for i in range(10)])
+    expected = torch.stack([mean[i % 5, i] for i in range(2100)])
     torch.testing.assert_close(torch.cat([next_obs, features], -1), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(u, model.step(obs, action)[2])
 
