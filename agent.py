@@ -123,6 +123,8 @@ class SAC:
     Deviation 15: SAC's entropy term in y (`backup_entropy`) and in the actor's loss (`actor_entropy`), which the paper
     leaves out.
 
+    The measured sizes and rates are the defaults of wombet.py's flags, not these.
+
     Args:
         n_critics, min_critics: N and the size M of the random subset under the target's minimum (RLPD).
             Deviation 13: all N in the paper (eqs. 7 and 9).
@@ -144,6 +146,8 @@ class SAC:
                  discount=0.99, polyak=0.005, init_temperature=0.1, target_entropy=None, backup_entropy=True,
                  actor_entropy=True, actor_q="mean", actor_average=1.0, penalty_coef=1.0,
                  floor_penalty=False, dtype="float32", compile=False, device="cpu"):
+        if actor_q not in ("min", "mean"):
+            raise ValueError(f"unknown actor_q {actor_q!r}: known are min, mean")
         self.n_critics, self.min_critics, self.actor_q = n_critics, min_critics, actor_q
         self.discount, self.polyak = discount, polyak
         self.penalty_coef, self.floor_penalty = penalty_coef, floor_penalty
@@ -173,7 +177,7 @@ class SAC:
     @torch.no_grad()
     def act(self, obs, deterministic=False):
         """obs (..., obs_dim), tensor or array -> action (..., action_dim) in [-1, 1], a tensor."""
-        obs = torch.as_tensor(obs, device=self.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return torch.tanh(self.average_actor(obs)[0]) if deterministic else self.actor.sample(obs)[0]
 
     @torch.no_grad()
@@ -195,12 +199,16 @@ class SAC:
     def update(self, batch, n_offline=0):
         """One critic update on each slice, then one of the actor and the temperature on the last slice.
 
-        Args: batch: {key: (slices, B, ...)} with obs, action, reward, next_obs, terminated, uncertainty; of every
-            slice's rows the first n_offline are from D_S.
+        Args: batch: {key: (slices, B, ...)}, float32, with obs, action, reward, next_obs, terminated (0 or 1),
+            uncertainty (0 for real steps); of every slice's rows the first n_offline are from D_S.
 
         Returns a dict of scalar tensors; td_error and signed_td_error are the means of |mean_i Q_i - y| and of
-        mean_i Q_i - y over the online rows, of each slice before its update (NaN where there are none).
+        mean_i Q_i - y over the online rows, of each slice before its update (NaN where there are none). Raises
+        ValueError for a reward of another shape than (slices, B), which would broadcast.
         """
+        if batch["reward"].shape != batch["obs"].shape[:-1]:
+            raise ValueError(f"a reward of shape {tuple(batch['reward'].shape)}: {tuple(batch['obs'].shape[:-1])} is "
+                             "needed, and so for terminated and uncertainty")
         slices, batch = len(batch["obs"]), self.with_next_action(batch)
         infos = [self.update_critic({key: values[k] for key, values in batch.items()}, n_offline)
                  for k in range(slices)]
@@ -296,11 +304,13 @@ class SAC:
     PARTS = ("actor", "average_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
 
     def state_dict(self):
+        """What is learned, as the tensors themselves, which go on changing: deepcopy it to keep it."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         return {**parts, "log_temperature": self.log_temperature.detach()}
 
     def load_state_dict(self, state):
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+            # a copy, for an optimiser keeps the very tensors it is given
+            getattr(self, name).load_state_dict(copy.deepcopy(state[name]))
         with torch.no_grad():
             self.log_temperature.copy_(state["log_temperature"])

@@ -5,10 +5,15 @@ import torch
 MODES = ("dual", "return", "uncertainty", "none")
 
 
+def _check_mode(mode):
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}: known are {', '.join(MODES)}")
+
+
 def score_trajectories(reward, uncertainty, valid, terminated, discount):
     """J(tau) = sum_t gamma^t r_S and the mean uncertainty u_bar(tau) of eq. 6, over each trajectory's valid steps.
 
-    Args: reward, uncertainty, valid, terminated: (N, T). discount: gamma.
+    Args: reward, uncertainty: (N, T). valid, terminated: (N, T) bool. discount: gamma.
 
     Returns J (N,), u_bar (N,); a trajectory without a valid step has J = -inf and u_bar = inf.
 
@@ -35,8 +40,9 @@ def thresholds(returns, mean_u, return_percentile, u_percentile, return_threshol
     that meet u_th.
 
     Args: returns, mean_u: (N,), from `score_trajectories`. Returns the pair (J_th, u_th), floats. Raises ValueError
-    where no trajectory has a valid step.
+    where no trajectory has a valid step, and for an unknown mode.
     """
+    _check_mode(mode)
     some = returns.isfinite() & mean_u.isfinite()
     if not some.any():
         raise ValueError("no imagined trajectory has a single valid step")
@@ -54,8 +60,9 @@ def accept(returns, mean_u, return_threshold, u_threshold, mode="dual"):
     """Eq. 6: which trajectories have u_bar <= u_th and J >= J_th, (N,) bool; a mode other than "dual" drops one
     criterion or both (the paper's ablation).
 
-    Raises ValueError, which names the thresholds and what was seen, when nothing passes.
+    Raises ValueError, which names the thresholds and what was seen, when nothing passes; and for an unknown mode.
     """
+    _check_mode(mode)
     some = returns.isfinite() & mean_u.isfinite()
     passed = some.clone()
     if mode in ("dual", "return"):

@@ -52,11 +52,17 @@ class MPC:
             Deviation 2: the default is 1, the ensemble's mean.
         policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
             horizon. None of them: plain CEM.
+
+    The measured sizes are the defaults of wombet.py's flags, not these. Raises ValueError for sizes that cannot be.
     """
 
     def __init__(self, model, reward, terminated, action_dim, *, horizon=5, population=64, elites=8, iterations=2,
                  momentum=0.1, init_std=0.5, noise_beta=0.0, keep_elites=0.3, discount=0.99, penalty_coef=1.0,
                  execute_steps=1, particles=1, policy=None, policy_samples=16, value=None):
+        if not (1 <= elites <= population and 1 <= execute_steps <= horizon and iterations >= 1):
+            raise ValueError(f"elites {elites} of population {population}, execute_steps {execute_steps} of horizon "
+                             f"{horizon}, iterations {iterations}: each is 1 or more, the first of a pair not above "
+                             "the second")
         self.model, self.reward, self.terminated, self.action_dim = model, reward, terminated, action_dim
         self.horizon, self.population, self.elites, self.iterations = horizon, population, elites, iterations
         self.momentum, self.init_std, self.noise_beta = momentum, init_std, noise_beta
@@ -160,7 +166,7 @@ def imagine(step, terminated, act, start_obs, length, max_uncertainty=float("inf
 
     Args:
         step: (obs (N, d), action (N, A)) -> next_obs, features, u, such as `WorldModel.step`.
-        act: obs (N, d) -> action (N, A), such as `MPC.act` or a policy.
+        act: obs (N, d) -> action (N, A), such as `MPC.act` (of a new MPC, or after its `reset`) or a policy.
         start_obs: (N, d). length: steps. max_uncertainty: a trajectory is cut before the step where u exceeds it.
 
     Deviation 7: the paper's filter takes or leaves whole trajectories; cutting keeps the trusted part.

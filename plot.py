@@ -11,12 +11,14 @@
 
 A run is a folder <env>__<name>__<seed>: an environment is a panel, runs that share <name> are a group. A group is drawn
 as the mean over its seeds with one sample standard deviation (n - 1) on each side, or as the interquartile mean with
-its 95 % stratified bootstrap interval (Agarwal et al. 2021, rliable).
+its 95 % stratified bootstrap interval (Agarwal et al. 2021, rliable). More than seven groups are drawn without bands,
+which would hide each other.
 """
 
 import argparse
 import csv
 import functools
+import itertools
 import json
 import math
 import re
@@ -30,8 +32,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure  # without pyplot: no window, no display
 from matplotlib.lines import Line2D
 
-# Okabe and Ito's colour-blind-safe palette, less its yellow, which is faint on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colour-blind-safe palette, less its yellow, which is faint on white; then four of Paul Tol's
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+           "#882255", "#999933", "#888888", "#332288")
+# which of the looks a method has in every figure
+LOOKS = {"wombet": 0, "control": 1, "nothing imagined": 1, "scratch": 2, "sac": 3, "td3": 4, "ppo": 5}
 LINES = ("-", "--", "-.", (0, (1, 1.2)))
 MARKERS = "osD^vPX*"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8.5,
@@ -46,7 +51,7 @@ XLABEL = {"target": "Target environment steps (thousands)", "source": "Source en
 DRAWN = ("curves", "bars")
 COLUMNS = {"curves": {"return_mean": "Evaluation return"}, "bars": {"return_mean": "Evaluation return"},
            "alpha": {"alpha": r"Share of $D_S$, $\alpha$", "td_error": "TD error (reward)"},
-           "q-error": {"q_error": r"$Q(s_0, a_0)$ less the return"}}
+           "q-error": {"q_error": "q_error: $Q(s_0, a_0)$ less\nthe discounted return"}}
 # published returns that count as 0 and 100: a random policy's and a good one's
 SCALES = {"td3-1m": ("TD3 at 1M steps", {"HalfCheetah-v4": (-289.4, 10574), "Hopper-v4": (18.8, 3226),
                      "Walker2d-v4": (2.8, 3946), "Ant-v4": (-70.3, 3942), "Humanoid-v4": (120.4, 5165)}),
@@ -312,12 +317,14 @@ def statistics(group):
 
 
 def new_figure(count, legend, stacked=1, height=3.0):
-    """A figure and axes (stacked, count), 3.3 x `height` inches, three a row, above a legend that hides none."""
+    """A figure and axes (stacked, count), 3.3 x `height` inches, three a row (one alone is wider), above a legend that
+    hides none."""
     columns = count if stacked > 1 else 2 if count == 4 else min(count, 3)
     rows = stacked * math.ceil(count / columns)
     longest = max((len(handle.get_label()) for handle in legend), default=1)
-    per_line = max(1, min(len(legend), int(3.3 * columns * 72 / (4.6 * longest + 42))))
-    fig = Figure((3.3 * columns, height * rows + 0.2 * math.ceil(len(legend) / per_line)), layout="constrained")
+    width = 3.3 * columns if count > 1 else 5.5
+    per_line = max(1, min(len(legend), int(width * 72 / (4.6 * longest + 42))))
+    fig = Figure((width, height * rows + 0.2 * math.ceil(len(legend) / per_line)), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, sharex="col" if stacked > 1 else False).reshape(stacked, -1)
     for ax in axes[:, count:].flat:
         ax.remove()
@@ -328,7 +335,17 @@ def new_figure(count, legend, stacked=1, height=3.0):
 
 def style(i):
     """How group i looks; no two of the first 28 look alike."""
-    return {"color": COLOURS[i % 7], "linestyle": LINES[i % 4], "marker": MARKERS[i % 8]}
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % 4], "marker": MARKERS[i % 8]}
+
+
+def places(labels):
+    """{label: which look}: that of LOOKS, where it has one that no other took; the rest take what is left, in order."""
+    fixed = {}
+    for label in labels:
+        if (i := LOOKS.get(label.lower())) is not None and i not in fixed.values():
+            fixed[label] = i
+    free = (i for i in itertools.count() if i not in fixed.values())
+    return {label: fixed[label] if label in fixed else next(free) for label in labels}
 
 
 def reference_style(i):
@@ -358,21 +375,22 @@ def band(group, average):
     return (mean, mean - std, mean + std) if average == "mean" else interquartile
 
 
-def draw_curves(ax, marks, group, look, args):
+def draw_curves(ax, marks, group, look, args, bands):
     """Centre and band over marks (m,), shown in thousands of steps."""
     (centre, low, high), x = band(group, args.average), marks / 1000
     ax.plot(x, centre, lw=1.6, ms=4, markevery=max(1, len(x) // 10), zorder=3, **look)
-    ax.fill_between(x, low, high, color=look["color"], alpha=0.18, lw=0)
+    if bands:
+        ax.fill_between(x, low, high, color=look["color"], alpha=0.18, lw=0)
     if args.per_seed:
         ax.plot(x, np.concatenate(group).T, color=look["color"], lw=0.6, alpha=0.6)
 
 
-def draw_bars(ax, groups, labels, args):
-    """Centre, band and seeds (dots) of each {label: (marks (m,), group)} at its last mark."""
-    present = [label for label in labels if label in groups]
+def draw_bars(ax, groups, looks, args):
+    """Centre, band and seeds (dots, in order) of each {label: (marks (m,), group)} at its last mark."""
+    present = [label for label in looks if label in groups]
     ends = [groups[label][0][-1] / 1000 for label in present]
     for i, label in enumerate(present):
-        group, look = [values[:, -1:] for values in groups[label][1]], style(labels.index(label))
+        group, look = [values[:, -1:] for values in groups[label][1]], looks[label]
         (centre, low, high), values = band(group, args.average), np.concatenate(group)
         ax.bar(i, centre, width=0.65, color=look["color"], alpha=0.55)
         ax.errorbar(i, centre, yerr=(centre - low, high - centre), color="black", capsize=4, lw=1.2)
@@ -385,6 +403,7 @@ def draw_bars(ax, groups, labels, args):
     ax.grid(False, axis="x")
     ax.axhline(0, color="black", lw=0.8)
     unit = "updates" if args.phase == "offline" else "steps"
+    ax.set_xlabel("" if alike else unit)
     ax.set_title(ax.get_title() + (f" at {ends[0]:g}k {unit}" if alike else ", each at its last mark"))
 
 
@@ -404,11 +423,11 @@ def plot_runs(args):
     envs = [env for env in groups if "+" not in env]
     references = read_references(args.published, args.reference, envs, args.kind, args.normalise)
     lines = collect(find_runs(args.folders, "progress.csv", [args.line]), columns, "target", scale) if args.line else {}
-    legend = []
-    for i, name in enumerate(labels):
+    looks, legend = {name: style(i) for name, i in places(labels).items()}, []
+    for name in labels:
         n = sorted({len(task) for env in groups.values() for _, group in env.get(name, {}).values() for task in group})
         seeds = f"{n[0]} seed{'s' if n[0] > 1 else ''}" if len(n) == 1 else f"{n[0]} to {n[-1]} seeds"
-        look = {**style(i), "linestyle": "", "ms": 8} if args.kind == "bars" else {**style(i), "ms": 4.5}
+        look = {**looks[name], "linestyle": "", "ms": 8} if args.kind == "bars" else {**looks[name], "ms": 4.5}
         legend.append(Line2D([], [], lw=1.6, label=f"{name} ({seeds})", **look))
     legend += [Line2D([], [], label=label, **reference_style(i)) for i, label in enumerate(references)]
     if lines:
@@ -420,12 +439,14 @@ def plot_runs(args):
         for ax, (column, title) in zip(axes[:, j], columns.items()):
             series = {name: panel[name][column] for name in labels if column in panel.get(name, {})}
             if args.kind == "bars":
-                draw_bars(ax, series, labels, args)
+                draw_bars(ax, series, looks, args)
             else:
                 for name, (marks, group) in series.items():
-                    draw_curves(ax, marks, group, style(labels.index(name)), args)
+                    draw_curves(ax, marks, group, looks[name], args, bands=len(labels) <= 7)
                 if args.kind == "alpha":
                     ax.set_ylim(bottom=0)
+                if args.kind == "q-error":
+                    ax.axhline(0, color="black", lw=0.8)
                 axes[-1, j].set_xlabel("Source and target steps (thousands)" if args.all_steps else XLABEL[args.phase])
             for i, points in enumerate(references.values()):
                 if env in points:
@@ -433,7 +454,7 @@ def plot_runs(args):
             for marks, group in (line[column] for line in lines.get(env, {}).values()):
                 centre, low, high = (values[-1] for values in band(group, args.average))
                 ax.axhline(centre, **LINE)
-                ax.axhspan(low, high, color=LINE["color"], alpha=0.12, lw=0)
+                ax.axhspan(low, high, color=LINE["color"], alpha=0.12, lw=0, zorder=0.5)
             if args.y_min is not None:
                 if args.y_min >= (top := ax.get_ylim()[1]):
                     raise ValueError(f"--y-min {args.y_min:g}: all of {env} is below {top:g}: give a lower one")
@@ -474,7 +495,7 @@ def plot_model_error(args):
               Line2D([], [], color="black", lw=1, linestyle="--", label="error = u")]
     fig, axes = new_figure(len(pooled), legend)
     blues = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 256)))  # a single point stays visible
-    for j, (ax, ((env, name), points)) in enumerate(zip(axes[0], pooled.items())):
+    for ax, ((env, name), points) in zip(axes[0], pooled.items()):
         u, error = points[:, (points > 0).all(0)]  # what log axes can show; the correlation is over all points
         cells = ax.hexbin(u, error, gridsize=40, xscale="log", yscale="log", bins="log", mincnt=1, cmap=blues, lw=0.1)
         fig.colorbar(cells, ax=ax, label="Transitions")
@@ -482,7 +503,8 @@ def plot_model_error(args):
         ax.plot(ends, ends, color="black", lw=1, linestyle="--")
         ax.plot(*binned_median(u, error), color=COLOURS[1], marker="o", ms=3, lw=1.6)
         ax.set(title=f"{env}, {name}\nSpearman $\\rho$ = {spearman(*points):.2f}, n = {points.shape[1]:,}",
-               xlabel="Uncertainty u (delta-normalised)", ylabel="" if j % 3 else "True error (delta-normalised)")
+               xlabel="Uncertainty u (delta-normalised)",
+               ylabel="True error (delta-normalised)" if ax.get_subplotspec().is_first_col() else "")
     return fig, []
 
 

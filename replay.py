@@ -1,5 +1,34 @@
 """Where an agent's batches come from: replay buffers, the mix of offline and online data (section 4.4), and the share
-of each (section 4.6)."""
+of each (section 4.6).
+
+With the other components, on real transitions `obs`, `action`, `next_obs` of your own and batched functions
+`source_reward(obs, action, next_obs, features)`, `target_reward` and `terminated(next_obs)`:
+
+    import torch
+    from agent import SAC
+    from filter import accept, relabel, score_trajectories, thresholds, to_transitions
+    from mpc import MPC, imagine
+    from replay import ReplayBuffer, mixed_batch
+    from world_model import WorldModel
+
+    d, dim = obs.shape[1], action.shape[1]
+    none = obs[:, :0]  # features: what a reward needs and obs lacks
+    model, agent = WorldModel(d, dim), SAC(d, dim)
+    model.fit(obs, action, next_obs, none, max_epochs=10)
+    planner = MPC(model.step, source_reward, terminated, dim, policy=agent.propose, value=agent.value)
+    imagined = imagine(model.step, terminated, planner.act, obs[:16], length=20)
+    returns, mean_u = score_trajectories(relabel(imagined, source_reward)["reward"], imagined["uncertainty"],
+                                         imagined["valid"], imagined["terminated"], discount=0.99)
+    passed = accept(returns, mean_u, *thresholds(returns, mean_u, return_percentile=50, u_percentile=75))
+
+    shapes = dict(obs=(d,), action=(dim,), reward=(), next_obs=(d,), terminated=(), uncertainty=())
+    offline, online = ReplayBuffer(10_000, **shapes), ReplayBuffer(10_000, **shapes)
+    offline.add(**to_transitions(imagined, passed, target_reward))
+    online.add(obs=obs, action=action, reward=target_reward(obs, action, next_obs, none), next_obs=next_obs,
+               terminated=terminated(next_obs), uncertainty=torch.zeros(len(obs)))  # 0: real steps have no penalty
+    batch, n_offline = mixed_batch(offline, online, alpha=0.5, batch_size=128, slices=8)
+    info = agent.update(batch, n_offline)
+"""
 
 import math
 
@@ -10,7 +39,7 @@ class ReplayBuffer:
     """Ring buffer of transitions, as preallocated tensors on one device.
 
     Args:
-        capacity: number of transitions; beyond it the oldest are overwritten.
+        capacity: number of transitions; beyond it the oldest are overwritten. device: where they are.
         shapes: shape of one entry under each key, for example obs=(17,), reward=().
     """
 
@@ -36,7 +65,10 @@ class ReplayBuffer:
         self.size = min(self.size + n, self.capacity)
 
     def sample(self, *shape, first=0):
-        """Independent uniform draws from the filled rows, from row `first` on: each key as (*shape, ...)."""
+        """Independent uniform draws from the filled rows, from row `first` on: each key as (*shape, ...); ValueError
+        where there is none."""
+        if first >= self.size:
+            raise ValueError("the buffer is empty" if self.size == 0 else f"no row from {first} on: {self.size} filled")
         some = next(iter(self.data.values()))
         rows = torch.randint(first, self.size, shape, device=some.device)
         return {key: values[rows] for key, values in self.data.items()}
@@ -50,22 +82,27 @@ class ReplayBuffer:
         return {"position": self.position, "rows": rows}
 
     def load_state_dict(self, state):
-        self.size = len(next(iter(state["rows"].values())))
-        self.position = state["position"] or self.size % self.capacity  # a full buffer may go on in a larger one
+        """The rows of a buffer of this capacity, of any that has not wrapped, or of a smaller one, whose oldest rows
+        then come first; ValueError where they do not fit."""
+        size, position = len(next(iter(state["rows"].values()))), state["position"]
+        if size > self.capacity:
+            raise ValueError(f"{size} transitions do not fit a buffer of {self.capacity}")
+        oldest = position % max(size, 1) if size < self.capacity else 0
+        self.size, self.position = size, size if size < self.capacity else position % self.capacity
         for key, values in state["rows"].items():
-            self.data[key][: self.size] = values
+            self.data[key][:size] = values.roll(-oldest, 0)
 
 
 def mixed_batch(offline, online, alpha, batch_size, slices):
     """Batches from D_mix = alpha D_S + (1 - alpha) D_T (section 4.4), the share held in every slice.
 
     Args:
-        offline, online: ReplayBuffer D_S (None: no offline data) and D_T (it may still be empty).
+        offline, online: ReplayBuffer D_S (None or empty: no offline data) and D_T (it may still be empty).
         alpha: share of D_S; batch_size: of one critic update; slices: number of critic updates (UTD).
 
     Returns ({key: (slices, batch_size, ...)}, n_offline): the first n_offline rows of every slice are from D_S.
     """
-    n_offline = 0 if offline is None else batch_size if online.size == 0 else round(alpha * batch_size)
+    n_offline = 0 if offline is None or offline.size == 0 else batch_size if online.size == 0 else round(alpha * batch_size)
     if n_offline == 0:
         return online.sample(slices, batch_size), 0
     batch = offline.sample(slices, n_offline)

@@ -23,7 +23,9 @@ To add an environment, write a class and name it in `TASKS`; then `python wombet
         def terminated(self, next_obs):
             return next_obs[..., 1].abs() > 0.2
 
-Check it as `tests/test_tasks.py` does: reward and termination against the environment's own, step by step. v4 and v5
+Check it as `tests/test_tasks.py` does: reward and termination against the environment's own, step by step. An
+environment of your own is registered (`gymnasium.register`, id "Mine-v0") by its module `my_env`, is "my_env:Mine" in
+`TASKS` and `--env my_env:Mine-v0`; it draws from its `np_random` alone, else what is seeded does not repeat. v4 and v5
 differ in observations and rewards: never mix their numbers.
 """
 
@@ -227,7 +229,8 @@ class TaskEnv:
         quantities: of the source task, as the task's class names them; None stands for the class's default.
 
     Raises ValueError, in one line, for an unknown environment, source or quantity, observations that are not one
-    vector, actions that are not one bounded vector, or an environment without a time limit where none is given.
+    vector, actions that are not one bounded vector, an environment without a time limit where none is given, or a
+    task whose reward or termination of a batch (B, ...) is not (B,).
     """
 
     def __init__(self, env_id, source=None, seed=0, render_mode=None, max_steps=None, **quantities):
@@ -253,9 +256,18 @@ class TaskEnv:
         self.n_features, self.max_steps = len(self.task.FEATURES), self.env.spec.max_episode_steps
         if self.max_steps is None:
             raise ValueError(f"{env_id} has no time limit, so an evaluation might never end: give --episode-steps")
+        self._check_task()
         self.seed(seed)
         if render_mode:
             self._check_drawing()
+
+    def _check_task(self):
+        obs, action, features = (torch.zeros(2, n) for n in (self.obs_dim, self.action_dim, self.n_features))
+        for name, given in (("reward", self.task.reward(obs, action, obs, features)),
+                            ("terminated", self.task.terminated(obs))):
+            if getattr(given, "shape", None) != (2,) or (given.dtype == torch.bool) != (name == "terminated"):
+                raise ValueError(f"{type(self.task).__name__}.{name} must give a tensor (2,) for a batch of 2, of "
+                                 f"{'bool' if name == 'terminated' else 'numbers'}; it gives {given!r}")
 
     def _check_drawing(self):
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):

@@ -565,7 +565,7 @@ def train(args):
             run.target.buffer.add(**relabel(run.source.buffer.filled(), run.target.env.task.reward))
         if args.warm_start:
             # Deviation 11: the paper plans without a policy and learns one in the target task alone
-            run.target.agent.load_state_dict(copy.deepcopy(run.source.agent.state_dict()))
+            run.target.agent.load_state_dict(run.source.agent.state_dict())
         run.phase = "switch"
         save(run.dir / "checkpoint.pt", state_dict(run))
     if run.phase == "switch":

@@ -169,8 +169,10 @@ class WorldModel(nn.Module):
         Returns {"epochs", "holdout_mse" (over the dimensions that vary; 1 is what the data's mean achieves),
         "holdout_nll", "holdout_u", "holdout_error" (u and the true error it stands for, per row of the half that
         scaled u)}.
-        Raises ValueError for fewer than 10 transitions, FloatingPointError when the loss is not finite.
+        Raises ValueError for fewer than 10 transitions, or none or all held out; FloatingPointError when the loss is
+        not finite.
         """
+        obs, action, next_obs, features = (column.float() for column in (obs, action, next_obs, features))
         inputs, targets = torch.cat([obs, action], -1), torch.cat([next_obs - obs, features], -1)
         n = len(inputs)
         if n < 10:
@@ -220,7 +222,9 @@ class WorldModel(nn.Module):
         scale u."""
         if held_out is None:
             held_out = torch.arange(len(rows), device=rows.device) % 10 == 0
-        held, train = held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
+        held, train = held_out.nonzero()[:, 0], (held_out == 0).nonzero()[:, 0]
+        if min(len(held), len(train)) == 0:
+            raise ValueError(f"held_out holds out {len(held)} of {len(rows)} rows: none or all cannot be")
         halves = held[::2], held[1::2] if len(held) > 1 else held
         stopping, calibrating = (half[:: 1 + len(half) // 5_000] for half in halves)  # enough to look at
         return train, torch.cat([stopping, calibrating]).unique(), stopping, calibrating

@@ -90,9 +90,9 @@ def check(run, episodes, length, every):
 
 def needed(rows):
     """The lambda from which on the bound holds, of rows (..., model's return, real return, sum of u); 0 where it
-    holds without a penalty."""
+    holds without a penalty, up to 1e-4 of reward: the model's capped reward differs from the real one by rounding."""
     model, real, sum_u = np.array([row[-3:] for row in rows], dtype=float).T
-    return np.maximum(model - real, 0.0) / np.maximum(sum_u, 1e-12)
+    return np.where(model - real > 1e-4, model - real, 0.0) / np.maximum(sum_u, 1e-12)
 
 
 def summary(rows, coefs):
@@ -112,7 +112,7 @@ def draw(rows, used, path):
     """Share of sequences for which the bound holds over lambda: a panel per run; `used`: {run: its lambda}."""
     looks = {kind: {**style(i), "marker": ""} for i, kind in enumerate(KINDS)}
     legend = [Line2D([], [], label=KINDS[kind], **look) for kind, look in looks.items()]
-    legend.append(Line2D([], [], color="#555555", lw=1, label=r"$\lambda$ of the planner"))
+    legend.append(Line2D([], [], color="#555555", lw=1, label=r"$\lambda$ of the run's planner"))
     fig, axes = new_figure(len(used), legend)
     coefs = np.geomspace(0.01, 100, 200)
     for ax, (run, coef) in zip(axes[0], used.items()):

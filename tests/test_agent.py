@@ -338,3 +338,30 @@ def test_the_actors_log_std_is_bounded_and_never_stuck(log_std):
     found = actor(torch.zeros(5, 3))[1]
     gradient = torch.autograd.grad(found.sum(), actor.net[-1].bias)[0][2:]
     assert (found >= Actor.LOG_STD_MIN).all() and (found <= Actor.LOG_STD_MAX).all() and (gradient > 0).all()
+
+
+def test_a_loaded_agent_shares_nothing_with_the_first():
+    """Learning in the one leaves the other as it was, the optimisers' moments too."""
+    batch = {key: torch.rand(2, 8, *shape) for key, shape in {"obs": (3,), "action": (1,), "next_obs": (3,),
+                                                              "reward": (), "uncertainty": ()}.items()}
+    batch["terminated"] = torch.zeros(2, 8)
+    first, second = (SAC(3, 1, hidden=(16, 16)) for _ in range(2))
+    first.update(batch)
+    second.load_state_dict(first.state_dict())
+    before = copy.deepcopy(first.state_dict())
+    second.update(batch)
+    torch.testing.assert_close(first.state_dict(), before, rtol=0, atol=0)
+
+
+def test_what_an_agent_is_given():
+    """Lists and float64 arrays are observations too; a reward of another shape, which would broadcast, and an unknown
+    `actor_q` are refused."""
+    agent = SAC(3, 1, n_critics=1, min_critics=1, hidden=(16, 16))
+    for obs in ([0.0, 1.0, 2.0], np.array([0.0, 1.0, 2.0])):
+        torch.testing.assert_close(agent.act(obs, True), agent.act(torch.tensor([0.0, 1.0, 2.0]), True))
+    columns = dict.fromkeys(("reward", "terminated", "uncertainty"), torch.zeros(2, 8, 1))
+    batch = {"obs": torch.rand(2, 8, 3), "action": torch.rand(2, 8, 1), "next_obs": torch.rand(2, 8, 3), **columns}
+    with pytest.raises(ValueError, match=r"reward .*\(2, 8, 1\).*\(2, 8\)"):
+        agent.update(batch)
+    with pytest.raises(ValueError, match="actor_q 'Min'.*min, mean"):
+        SAC(3, 1, actor_q="Min")

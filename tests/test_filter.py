@@ -120,3 +120,10 @@ def test_transitions_are_relabelled():
     torch.testing.assert_close(out["reward"], 100 + rows + 1 + rows / 10)
     assert out["terminated"].tolist() == [F, F, F, F, F, F, T]
     assert out["timeout"].tolist() == [F, F, T, F, T, F, F]
+
+
+@pytest.mark.parametrize("call", (thresholds, accept))
+def test_unknown_mode(call):
+    """A misspelt mode would pass every trajectory."""
+    with pytest.raises(ValueError, match="mode 'Dual'.*dual, return, uncertainty, none"):
+        call(torch.ones(3), torch.ones(3), 0.0, 50.0, mode="Dual")

@@ -310,3 +310,9 @@ def test_particles_average_over_the_members_futures(policy):
     # first steps: s + .25 and s - .5; second: s + .5 and s - 1
     by_hand = [((s + 0.25 + s - 0.5) + 0.5 * (s + 0.5 + s - 1.0)) / 2 for s in (1.0, 3.0)]
     assert total.tolist() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("sizes", ({"iterations": 0}, {"elites": 65}, {"elites": 0}, {"execute_steps": 6}))
+def test_sizes_that_cannot_be(sizes):
+    with pytest.raises(ValueError, match="elites.*population.*execute_steps.*horizon.*iterations"):
+        MPC(None, None, None, 1, **sizes)

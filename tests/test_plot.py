@@ -343,7 +343,8 @@ def test_offline_bars_and_the_line(tmp_path):
 def test_q_error(results):
     write_run(results, [0, 2500], [3, 4], name="q", q_error=[20, -5])
     ax, = figure(results, "--kind", "q-error").axes
-    assert len(ax.lines) == 1 and ax.lines[0].get_ydata().tolist() == [20, -5]
+    line, zero = ax.lines
+    assert line.get_ydata().tolist() == [20, -5] and set(zero.get_ydata()) == {0}
 
 
 def test_normalised_references(results, published):
@@ -357,6 +358,22 @@ def test_legend_counts_seeds_and_names_choose(results):
     write_run(results, [0, 5000], [1, 2], env="Ant-v4", name="c")
     assert legend(figure(results)) == ["a (2 seeds)", "b (2 to 3 seeds)", "c (1 seed)"]
     assert legend(figure(results, "--names", "c", "a=WOMBET")) == ["c (1 seed)", "WOMBET (2 seeds)"]
+
+
+def test_a_method_looks_alike_in_every_figure():
+    """WOMBET, its control, scratch and the online baselines, whatever stands beside them; and no two look alike."""
+    some, others = plot.places(["BC", "WOMBET", "scratch"]), plot.places(["wombet", "IQL", "SAC", "control", "scratch"])
+    assert some["WOMBET"] == others["wombet"] and some["scratch"] == others["scratch"]
+    assert plot.places(["nothing imagined"]) == {"nothing imagined": others["control"]}
+    twice = plot.places(["a", "control", "b", "nothing imagined", "WOMBET"])
+    assert len(set(twice.values())) == 5 and list(twice) == ["a", "control", "b", "nothing imagined", "WOMBET"]
+
+
+def test_bands_are_left_out_where_they_would_hide_each_other(results):
+    for i in range(6):
+        assert len(figure(results).axes[0].collections) == 2 + i
+        write_run(results, [0, 5000], [1, 2], name=f"b{i}")
+    assert not figure(results).axes[0].collections
 
 
 def test_groups_look_different():

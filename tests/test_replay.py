@@ -1,11 +1,14 @@
 """Replay: the buffer, batches of the mix, the adaptive share."""
 
 import math
+import re
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 
+import replay
 from replay import AdaptiveMix, ReplayBuffer, mixed_batch
 
 
@@ -95,3 +98,40 @@ def test_adaptive_mix_by_the_papers_formula():
         mix.update(info(99.0, signed))
         seen.append((mix.td_error, mix.alpha))
     assert seen == [(1.0, 1.0), (1.25, 1.25), (-0.5, 0.0), (-5.0, 0.0)]
+
+
+def test_a_full_buffer_goes_on_in_a_larger_one():
+    """Also one that has wrapped: the oldest rows come first, and the next row follows the newest."""
+    small, large = ReplayBuffer(4, x=()), ReplayBuffer(8, x=())
+    small.add(x=torch.tensor([1.0, 2, 3, 4]))
+    small.add(x=torch.tensor([5.0]))
+    large.load_state_dict(small.state_dict())
+    large.add(x=6.0)
+    assert large.filled()["x"].tolist() == [2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match="5 transitions do not fit a buffer of 4"):
+        small.load_state_dict(large.state_dict())
+    assert small.size == 4
+
+
+def test_empty_buffers():
+    """An empty D_S is as none; from two empty ones nothing can be drawn."""
+    empty, online = ReplayBuffer(4, x=()), ReplayBuffer(4, x=())
+    online.add(x=torch.ones(3))
+    batch, n_offline = mixed_batch(empty, online, 0.5, 8, 2)
+    assert n_offline == 0 and (batch["x"] == 1).all()
+    with pytest.raises(ValueError, match="buffer is empty"):
+        mixed_batch(empty, empty, 0.5, 8, 2)
+
+
+def test_the_docstrings_own_example():
+    """The lines that show the components together run as they stand, on a damped pendulum."""
+    torch.manual_seed(0)
+    obs, action = torch.rand(2000, 2) * 4 - 2, torch.rand(2000, 1) * 2 - 1
+    speed = 0.95 * obs[:, 1:] - 0.1 * obs[:, :1].sin() + 0.1 * action
+    next_obs = torch.cat([obs[:, :1] + 0.1 * speed, speed], 1)
+    names = {"obs": obs, "action": action, "next_obs": next_obs, "terminated": lambda s: s[..., 0].abs() > 3,
+             "source_reward": lambda s, a, s2, f: -s2[..., 0].square(), "target_reward": lambda s, a, s2, f: s2[..., 1]}
+    example = re.search(r"\n\n((?:    .*\n|\n)+)", replay.__doc__)[1]
+    exec(textwrap.dedent(example), names)
+    assert names["offline"].size > 0 and 0 < names["n_offline"] < 128
+    assert all(value.isfinite() for value in names["info"].values())

@@ -351,6 +351,16 @@ def test_errors_are_one_line(monkeypatch, args, quantities, words):
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
+@pytest.mark.parametrize("method, value", (("reward", lambda self, obs, *_: obs[..., :1]),
+                                           ("terminated", lambda self, next_obs: next_obs[..., 0]),
+                                           ("reward", lambda *_: 1.0)))
+def test_a_task_of_the_wrong_shape_is_refused_at_once(monkeypatch, method, value):
+    """Not by the planner, after the whole source phase."""
+    monkeypatch.setattr(tasks.Pusher, method, value)
+    with pytest.raises(ValueError, match=f"Pusher.{method} .*batch of 2"):
+        TaskEnv("Pusher-v5")
+
+
 def test_the_docstrings_own_environment(monkeypatch):
     """The class that tasks.py shows is the stock InvertedPendulum, step by step."""
     code = tasks.__doc__.split("works:\n\n")[1].split("\nCheck it")[0]

@@ -301,6 +301,21 @@ def test_too_few_rows_and_unknown_kind():
     assert small().fit(*linear_data(10)[0], max_epochs=1)["epochs"] == 1
     with pytest.raises(ValueError, match="max-distance"):
         small(uncertainty_kind="entropy")
+    for mask in (torch.zeros(50, dtype=torch.bool), torch.ones(50, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="held_out .* none or all"):
+            small().fit(*linear_data(50)[0], held_out=mask)
+
+
+def test_other_types_of_data():
+    """float64 data and a mask of integers give what float32 and bool do."""
+    data, fits = linear_data(200)[0], []
+    held_out = torch.arange(200) % 4 == 0
+    for columns, mask in ((data, held_out), ([column.double() for column in data], held_out.long())):
+        torch.manual_seed(0)
+        model = small()
+        model.fit(*columns, held_out=mask, max_epochs=2)
+        fits.append(model.state_dict())
+    torch.testing.assert_close(*fits, rtol=0, atol=0)
 
 
 def test_state_dict_is_the_whole_model(fitted):
