@@ -80,8 +80,8 @@ class WorldModel(nn.Module):
         """The members' means alone, (E, B, d+f) in normalised units: half of the last layer, no log variance."""
         out = self.max_logvar.shape[0]
         weight, bias = self.weights[-1][..., :out].to(dtype), self.biases[-1][..., :out].to(dtype)
-        # in parts on a CPU: blocks of memory over 32 MiB are new ones each time, and the 40,960 rows of a plan of
-        # --preset paper took 1.4 (bfloat16) to 1.9 times as long at once
+        # in parts on a CPU: blocks of memory over 32 MiB are new ones each time, and the 40,960 rows of --preset paper
+        # took 1.7 times as long at once
         rows = 1024 if inputs.device.type == "cpu" else max(len(inputs), 1)
         parts = [torch.baddbmm(bias, self._trunk(part, dtype), weight) for part in inputs.split(rows)]
         return torch.cat(parts, 1).float() * self.varies
