@@ -102,7 +102,9 @@ def mixed_batch(offline, online, alpha, batch_size, slices):
 
     Returns ({key: (slices, batch_size, ...)}, n_offline): the first n_offline rows of every slice are from D_S.
     """
-    n_offline = 0 if offline is None or offline.size == 0 else batch_size if online.size == 0 else round(alpha * batch_size)
+    n_offline = batch_size if online.size == 0 else round(alpha * batch_size)
+    if offline is None or offline.size == 0:
+        n_offline = 0
     if n_offline == 0:
         return online.sample(slices, batch_size), 0
     batch = offline.sample(slices, n_offline)

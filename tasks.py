@@ -266,8 +266,9 @@ class TaskEnv:
         for name, given in (("reward", self.task.reward(obs, action, obs, features)),
                             ("terminated", self.task.terminated(obs))):
             if getattr(given, "shape", None) != (2,) or (given.dtype == torch.bool) != (name == "terminated"):
+                seen = f"{tuple(given.shape)} of {given.dtype}" if isinstance(given, torch.Tensor) else repr(given)
                 raise ValueError(f"{type(self.task).__name__}.{name} must give a tensor (2,) for a batch of 2, of "
-                                 f"{'bool' if name == 'terminated' else 'numbers'}; it gives {given!r}")
+                                 f"{'bool' if name == 'terminated' else 'numbers'}; it gives {seen}")
 
     def _check_drawing(self):
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):

@@ -357,7 +357,7 @@ def test_errors_are_one_line(monkeypatch, args, quantities, words):
 def test_a_task_of_the_wrong_shape_is_refused_at_once(monkeypatch, method, value):
     """Not by the planner, after the whole source phase."""
     monkeypatch.setattr(tasks.Pusher, method, value)
-    with pytest.raises(ValueError, match=f"Pusher.{method} .*batch of 2"):
+    with pytest.raises(ValueError, match=f"^Pusher.{method} .*batch of 2[^\n]*$"):  # one line
         TaskEnv("Pusher-v5")
 
 
