@@ -44,7 +44,8 @@ import torch
 from PIL import Image  # matplotlib brings it
 
 from replay import ReplayBuffer
-from tasks import evaluate, first_observations, make_task
+from task_env import evaluate, first_observations
+from tasks import make_task
 
 # env_steps: of the target; updates: of the critics; wall_clock: s; return_*, length_mean, discounted_mean: over the
 # evaluation's episodes, the last with the agent's discount; td_error: what sets alpha, of a baseline the last batch's;

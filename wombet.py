@@ -34,7 +34,7 @@ from harness import (SWITCH, Log, amount, as_flag, catch_interrupts, count, eval
                      require, require_memory, run_program, same_flags, save, save_dataset, show, some_path,
                      source_flags, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from replay import AdaptiveMix, ReplayBuffer, mixed_batch
-from tasks import TaskEnv, lockstep
+from task_env import TaskEnv, lockstep
 from world_model import WorldModel
 
 # ---------------------------------------------------------------------------------------------------------- arguments

@@ -35,7 +35,7 @@ from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, eval
                      run_program, save, save_dataset, show, some_path, source_flags, source_quantities,
                      stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from replay import ReplayBuffer
-from tasks import TaskEnv
+from task_env import TaskEnv
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 

@@ -31,7 +31,7 @@ import wombet  # noqa: E402
 from mpc import MPC  # noqa: E402
 from plot import STYLE, new_figure, style  # noqa: E402
 from harness import check_place, count, require  # noqa: E402
-from tasks import lockstep  # noqa: E402
+from task_env import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
 COLUMNS = ("run", "kind", "step", "model_return", "real_return", "sum_u")

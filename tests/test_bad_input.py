@@ -30,7 +30,7 @@ import wombet
 from filter import accept, thresholds
 from harness import claimed, load, load_dataset, recent_return, run_folder, save
 from replay import ReplayBuffer
-from tasks import TaskEnv
+from task_env import TaskEnv
 from world_model import WorldModel
 
 COMMON = """--env Hopper-v4 --seed 0 --eval-every 20 --eval-episodes 1 --checkpoint-every 20 --hidden 8 --device cpu

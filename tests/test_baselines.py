@@ -25,7 +25,7 @@ from mopo import MOPO, Imagination
 from ppo import PPO, RunningMoments, advantages, clipped_objective, clipped_value_loss
 from replay import ReplayBuffer
 from sac import DelayedSAC
-from tasks import TaskEnv
+from task_env import TaskEnv
 from td3 import TD3
 from harness import COLUMNS
 from world_model import WorldModel

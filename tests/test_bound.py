@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 
 from experiments import bound
-from tasks import TaskEnv
+from task_env import TaskEnv
 from tests.test_wombet import run
 
 

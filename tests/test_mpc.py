@@ -9,7 +9,7 @@ import torch
 import mpc
 from agent import SAC
 from mpc import MPC, coloured_noise, imagine
-from tasks import TaskEnv
+from task_env import TaskEnv
 from world_model import WorldModel
 
 A, B = torch.tensor([[1.0, 0.1], [0.0, 1.0]]), torch.tensor([[0.005], [0.1]])  # a double integrator

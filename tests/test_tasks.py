@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import harness
+import task_env
 import tasks
-from tasks import TaskEnv, lockstep
+from task_env import TaskEnv, lockstep
 
 LOCOMOTION = {"HalfCheetah": (1.0, 0.1), "Hopper": (1.0, 5e-3), "Walker2d": (1.0, 5e-3), "Ant": (1.0, 0.1),
               "Swimmer": (1.0, 0.1), "Humanoid": (1.25, 1e-2)}  # stock forward weight, stock reset noise
@@ -295,7 +296,7 @@ def test_an_evaluation_by_hand():
     act = lambda obs: (30 * torch.as_tensor(obs[..., 5:8])).sin()
     envs, known = [TaskEnv("Hopper-v4", seed=9) for _ in range(3)], []
     for i in range(3):
-        env, rewards, over = TaskEnv("Hopper-v4", seed=tasks.EVALUATION_SEED + i), [], False
+        env, rewards, over = TaskEnv("Hopper-v4", seed=task_env.EVALUATION_SEED + i), [], False
         env.reset()
         while not over:
             _, reward, terminated, truncated, _ = env.step(act(env.obs).numpy())
@@ -303,12 +304,12 @@ def test_an_evaluation_by_hand():
             over = terminated or truncated
         known.append((sum(rewards), len(rewards), sum(0.9**t * r for t, r in enumerate(rewards))))
     for _ in range(2):
-        np.testing.assert_allclose(np.array(tasks.evaluate(act, envs, discount=0.9)).T, known, rtol=1e-6)
+        np.testing.assert_allclose(np.array(task_env.evaluate(act, envs, discount=0.9)).T, known, rtol=1e-6)
     assert len({length for _, length, _ in known}) == 3  # which end one by one
     agent = SimpleNamespace(act=lambda obs, deterministic: act(obs), device="cpu", discount=0.9,
                             q_value=lambda obs, action: obs[:, 0] + action[:, 0])
     row, _ = harness.evaluation_row(agent, envs)
-    starts = torch.as_tensor(tasks.first_observations(envs))
+    starts = torch.as_tensor(task_env.first_observations(envs))
     returns, lengths, discounted = np.array(known).T
     assert [row[key] for key in ("return_mean", "return_std", "length_mean", "discounted_mean")] == pytest.approx(
         [returns.mean(), returns.std(), lengths.mean(), discounted.mean()])

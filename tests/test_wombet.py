@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import task_env
 import tasks
 import wombet
 from harness import COLUMNS, Log, load_log_and_generators, log_and_generators, recent_return
@@ -97,7 +98,7 @@ def test_same_seed_same_numbers_other_seed_others(base, tmp_path):
 
 def interrupt_at(monkeypatch, step):
     """Sends SIGINT during that step of the training environments (evaluation and resets for D_S take others)."""
-    count, original = [0], tasks.TaskEnv.step
+    count, original = [0], task_env.TaskEnv.step
 
     def counted(env, action):
         trains = not getattr(env, "evaluates", False)
@@ -106,12 +107,12 @@ def interrupt_at(monkeypatch, step):
             signal.raise_signal(signal.SIGINT)
         return original(env, action)
 
-    def marked(act, envs, *rest, evaluate=tasks.evaluate):
+    def marked(act, envs, *rest, evaluate=task_env.evaluate):
         for env in envs:
             env.evaluates = True
         return evaluate(act, envs, *rest)
 
-    monkeypatch.setattr(tasks.TaskEnv, "step", counted)
+    monkeypatch.setattr(task_env.TaskEnv, "step", counted)
     monkeypatch.setattr("harness.evaluate", marked)
 
 
@@ -545,7 +546,7 @@ def test_what_is_stored_is_what_the_environment_did(base):
     """The source's steps again, in an environment of its seed: each column, falls too; random actions, then the
     actor's."""
     stored = torch.load(base / "source.pt", weights_only=True)["source"]["buffer"]["rows"]
-    env, rng = tasks.TaskEnv("Hopper-v4", "near", seed=1), np.random.default_rng(0)
+    env, rng = task_env.TaskEnv("Hopper-v4", "near", seed=1), np.random.default_rng(0)
     for k, action in enumerate(stored["action"].numpy()):
         if k < 60:
             np.testing.assert_array_equal(action, rng.uniform(-1.0, 1.0, 3).astype(np.float32))
