@@ -9,6 +9,8 @@ steps, as in eqs. 3 to 5; the bound holds where
 
     J_P >= J_model - lambda sum_k u(s_k, a_k),   so from  lambda = (J_model - J_P) / sum_k u  on.
 
+What eq. 2 assumes is counted, too: the share of each sequence's real steps at which u covers the model's error.
+
 Writes bound.csv, a row per sequence, and bound.png, the share of sequences for which the bound holds over lambda.
 """
 
@@ -34,7 +36,7 @@ from harness import check_place, count, require  # noqa: E402
 from task_env import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
-COLUMNS = ("run", "kind", "step", "model_return", "real_return", "sum_u")
+COLUMNS = ("run", "kind", "step", "covered", "model_return", "real_return", "sum_u")
 
 
 def load_source(run_dir):
@@ -52,20 +54,30 @@ def model_returns(step, task, obs, actions):
     return scores[0], scores[0] - scores[1]
 
 
-def real_return(env, state, actions):
-    """The undiscounted return of actions (H, A) in the environment, from the state that `state` replays."""
+def real_steps(env, state, actions):
+    """The steps of actions (H, A) in the environment, from the state that `state` replays to a fall or the end:
+    {"obs", "action", "reward", "next_obs", "features"}, a row each."""
     env.load_state_dict(state)
-    total = 0.0
+    rows = []
     for action in actions:
-        _, reward, terminated, _, _ = env.step(action)
-        total += reward
+        obs = env.obs
+        next_obs, reward, terminated, _, features = env.step(action)
+        rows.append((obs, action, reward, next_obs, features))
         if terminated:
             break
-    return total
+    return {key: torch.as_tensor(np.array(column, dtype=np.float32))
+            for key, column in zip(("obs", "action", "reward", "next_obs", "features"), zip(*rows))}
+
+
+def covered(model, steps):
+    """The share of real steps at which u is at least the model's error (eq. 2's assumption)."""
+    obs, action, next_obs, features = (steps[key] for key in ("obs", "action", "next_obs", "features"))
+    return (model.uncertainty(obs, action) >= model.error(obs, action, next_obs, features)).float().mean().item()
 
 
 def check(run, episodes, length, every):
-    """Rows (kind, step, model's return, real return, sum of u) from `episodes` real episodes under the planner."""
+    """Rows (kind, step, covered, model's return, real return, sum of u) from `episodes` real episodes under the
+    planner."""
     horizon, source, task = run.args.horizon, run.source, run.source.env.task
     envs, probe = [source.make_env(seed=i) for i in range(episodes)], source.make_env()
     obs, step = torch.as_tensor(np.stack([env.reset() for env in envs])), lockstep(envs, run.model.uncertainty)
@@ -79,8 +91,10 @@ def check(run, episodes, length, every):
             sequences["uniform"] = 2 * torch.rand(episodes, horizon, source.env.action_dim) - 1
             for kind, sequence in sequences.items():
                 imagined, sum_u = model_returns(run.model.step, task, obs, sequence)
-                rows += [(kind, t, imagined[i].item(), real_return(probe, envs[i].state_dict(), sequence[i]),
-                          sum_u[i].item()) for i in running.nonzero().flatten().tolist()]
+                for i in running.nonzero().flatten().tolist():
+                    steps = real_steps(probe, envs[i].state_dict(), sequence[i])
+                    rows.append((kind, t, covered(run.model, steps), imagined[i].item(), steps["reward"].sum().item(),
+                                 sum_u[i].item()))
         obs = step(obs, action)[0]
         running &= ~task.terminated(obs)
         if not running.any():
@@ -97,15 +111,17 @@ def needed(rows):
 
 def summary(rows, coefs):
     """A line per run and kind: share of sequences for which the bound holds at each lambda, the lambda that 95 % need,
-    and the mean error of the model's return."""
-    yield ("run", "kind", "sequences", *(f"holds at {c:g}" for c in coefs), "lambda for 95%", "mean J_model - J_P")
+    the mean error of the model's return, and the share of real steps that u covers (mean over sequences)."""
+    yield ("run", "kind", "sequences", *(f"holds at {c:g}" for c in coefs), "lambda for 95%", "mean J_model - J_P",
+           "u covers")
     for run in dict.fromkeys(row[0] for row in rows):
         for kind in KINDS:
             some = [row for row in rows if row[:2] == (run, kind)]
             if some:
                 least = needed(some)
                 yield (run, kind, str(len(some)), *(f"{(least <= c).mean():.2f}" for c in coefs),
-                       f"{np.quantile(least, 0.95):.1f}", f"{np.mean([row[-3] - row[-2] for row in some]):.3f}")
+                       f"{np.quantile(least, 0.95):.1f}", f"{np.mean([row[-3] - row[-2] for row in some]):.3f}",
+                       f"{np.mean([row[-4] for row in some]):.2f}")
 
 
 def draw(rows, used, path):

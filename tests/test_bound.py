@@ -35,7 +35,7 @@ def test_an_exact_model_returns_what_the_environment_does():
         # the two returns of `model_returns` are two rollouts: this model, which moves on, is asked for one
         scored = bound.MPC(step, env.task.reward, env.task.terminated, 3, horizon=8, discount=1.0, penalty_coef=0.0)
         imagined = scored.rollout(torch.as_tensor(env.obs)[None], actions)[1].item()
-        assert imagined == pytest.approx(bound.real_return(probe, state, actions[0]), rel=1e-5)
+        assert imagined == pytest.approx(bound.real_steps(probe, state, actions[0])["reward"].sum().item(), rel=1e-5)
         fell += over
         if env.step(push)[2]:
             env.reset()
@@ -57,6 +57,28 @@ def test_returns_and_uncertainty_of_a_known_model():
     assert bound.needed([("plan", 0, 14.000005, 14.0, 0.3)]).tolist() == [0.0]
 
 
+def test_the_share_of_real_steps_that_u_covers():
+    """u is half of the largest action, the model's step is obs + action: of four real steps with errors of 0, .2, .4
+    and .6 and a u of .5, three are covered."""
+    class Model:
+        uncertainty = staticmethod(lambda obs, action: action.abs().amax(-1) / 2)
+        error = staticmethod(lambda obs, action, next_obs, features: (next_obs - obs - action).norm(dim=-1))
+
+    class Env:
+        obs, errors = np.zeros(1, dtype=np.float32), iter([0.0, 0.2, 0.4, 0.6])
+
+        def load_state_dict(self, state):
+            self.obs = np.float32([state])
+
+        def step(self, action):
+            self.obs = self.obs + action.numpy() + np.float32(next(self.errors))
+            return self.obs, 1.0, False, False, np.zeros(0, dtype=np.float32)
+
+    steps = bound.real_steps(Env(), 3.0, torch.ones(4, 1))
+    assert steps["reward"].sum() == 4 and steps["obs"][:, 0].tolist() == pytest.approx([3.0, 4.0, 5.2, 6.6])
+    assert bound.covered(Model, steps) == pytest.approx(0.75)
+
+
 def test_a_kind_without_sequences_has_no_line(tmp_path, monkeypatch):
     """A run without a guide has no source policy: it is not drawn as one for which the bound never holds."""
     drawn, plot = [], Axes.plot
@@ -75,8 +97,9 @@ def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
     with open(out / "bound.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["kind"] for row in rows} == set(bound.KINDS) and {row["step"] for row in rows} == {"0", "2"}
-    assert len(rows) == 12 and all(float(row["sum_u"]) > 0 for row in rows)
-    assert (out / "bound.png").exists() and "holds at 4" in capsys.readouterr().out
+    assert len(rows) == 12 and all(float(row["sum_u"]) > 0 and 0 <= float(row["covered"]) <= 1 for row in rows)
+    printed = capsys.readouterr().out
+    assert (out / "bound.png").exists() and all(column in printed for column in ("holds at 4", "u covers"))
 
     before = (out / "bound.csv").read_bytes()
     for bad in (["--length", "4"], ["--episodes", "0"], ["--out", str(folder / "config.json")]):
