@@ -9,7 +9,8 @@ steps, as in eqs. 3 to 5; the bound holds where
 
     J_P >= J_model - lambda sum_k u(s_k, a_k),   so from  lambda = (J_model - J_P) / sum_k u  on.
 
-What eq. 2 assumes is counted, too: the share of each sequence's real steps at which u covers the model's error.
+What eq. 2 assumes is counted, too: the share of each sequence's real steps at which u covers the model's error, and
+at which it would without its scale.
 
 Writes bound.csv, a row per sequence, and bound.png, the share of sequences for which the bound holds over lambda.
 """
@@ -36,7 +37,7 @@ from harness import check_place, count, require  # noqa: E402
 from task_env import lockstep  # noqa: E402
 
 KINDS = {"plan": "penalised plan", "policy": "source policy", "uniform": "uniform actions"}
-COLUMNS = ("run", "kind", "step", "covered", "model_return", "real_return", "sum_u")
+COLUMNS = ("run", "kind", "step", "covered", "covered_unscaled", "model_return", "real_return", "sum_u")
 
 
 def load_source(run_dir):
@@ -70,14 +71,14 @@ def real_steps(env, state, actions):
 
 
 def covered(model, steps):
-    """The share of real steps at which u is at least the model's error (eq. 2's assumption)."""
+    """The shares of real steps at which u, and u without its scale, is at least the model's error (eq. 2)."""
     obs, action, next_obs, features = (steps[key] for key in ("obs", "action", "next_obs", "features"))
-    return (model.uncertainty(obs, action) >= model.error(obs, action, next_obs, features)).float().mean().item()
+    u, error = model.uncertainty(obs, action), model.error(obs, action, next_obs, features)
+    return [(u / scale >= error).float().mean().item() for scale in (1.0, model.scale)]
 
 
 def check(run, episodes, length, every):
-    """Rows (kind, step, covered, model's return, real return, sum of u) from `episodes` real episodes under the
-    planner."""
+    """Rows, COLUMNS without the run, from `episodes` real episodes under the planner."""
     horizon, source, task = run.args.horizon, run.source, run.source.env.task
     envs, probe = [source.make_env(seed=i) for i in range(episodes)], source.make_env()
     obs, step = torch.as_tensor(np.stack([env.reset() for env in envs])), lockstep(envs, run.model.uncertainty)
@@ -93,8 +94,8 @@ def check(run, episodes, length, every):
                 imagined, sum_u = model_returns(run.model.step, task, obs, sequence)
                 for i in running.nonzero().flatten().tolist():
                     steps = real_steps(probe, envs[i].state_dict(), sequence[i])
-                    rows.append((kind, t, covered(run.model, steps), imagined[i].item(), steps["reward"].sum().item(),
-                                 sum_u[i].item()))
+                    rows.append((kind, t, *covered(run.model, steps), imagined[i].item(),
+                                 steps["reward"].sum().item(), sum_u[i].item()))
         obs = step(obs, action)[0]
         running &= ~task.terminated(obs)
         if not running.any():
@@ -111,9 +112,10 @@ def needed(rows):
 
 def summary(rows, coefs):
     """A line per run and kind: share of sequences for which the bound holds at each lambda, the lambda that 95 % need,
-    the mean error of the model's return, and the share of real steps that u covers (mean over sequences)."""
+    the mean error of the model's return, and the shares of real steps that u covers, scaled and not (means over
+    sequences)."""
     yield ("run", "kind", "sequences", *(f"holds at {c:g}" for c in coefs), "lambda for 95%", "mean J_model - J_P",
-           "u covers")
+           "u covers", "unscaled u")
     for run in dict.fromkeys(row[0] for row in rows):
         for kind in KINDS:
             some = [row for row in rows if row[:2] == (run, kind)]
@@ -121,7 +123,7 @@ def summary(rows, coefs):
                 least = needed(some)
                 yield (run, kind, str(len(some)), *(f"{(least <= c).mean():.2f}" for c in coefs),
                        f"{np.quantile(least, 0.95):.1f}", f"{np.mean([row[-3] - row[-2] for row in some]):.3f}",
-                       f"{np.mean([row[-4] for row in some]):.2f}")
+                       *(f"{np.mean([row[column] for row in some]):.2f}" for column in (-5, -4)))
 
 
 def draw(rows, used, path):

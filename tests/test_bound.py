@@ -59,8 +59,9 @@ def test_returns_and_uncertainty_of_a_known_model():
 
 def test_the_share_of_real_steps_that_u_covers():
     """u is half of the largest action, the model's step is obs + action: of four real steps with errors of 0, .2, .4
-    and .6 and a u of .5, three are covered."""
+    and .6 and a u of .5, three are covered, and two by u before it was scaled, .25."""
     class Model:
+        scale = torch.tensor(2.0)
         uncertainty = staticmethod(lambda obs, action: action.abs().amax(-1) / 2)
         error = staticmethod(lambda obs, action, next_obs, features: (next_obs - obs - action).norm(dim=-1))
 
@@ -76,7 +77,7 @@ def test_the_share_of_real_steps_that_u_covers():
 
     steps = bound.real_steps(Env(), 3.0, torch.ones(4, 1))
     assert steps["reward"].sum() == 4 and steps["obs"][:, 0].tolist() == pytest.approx([3.0, 4.0, 5.2, 6.6])
-    assert bound.covered(Model, steps) == pytest.approx(0.75)
+    assert bound.covered(Model, steps) == pytest.approx([0.75, 0.5])
 
 
 def test_a_kind_without_sequences_has_no_line(tmp_path, monkeypatch):
@@ -97,9 +98,10 @@ def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
     with open(out / "bound.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["kind"] for row in rows} == set(bound.KINDS) and {row["step"] for row in rows} == {"0", "2"}
-    assert len(rows) == 12 and all(float(row["sum_u"]) > 0 and 0 <= float(row["covered"]) <= 1 for row in rows)
+    assert len(rows) == 12 and all(float(row["sum_u"]) > 0 and 0 <= float(row["covered"]) <= 1
+                                  and 0 <= float(row["covered_unscaled"]) <= 1 for row in rows)
     printed = capsys.readouterr().out
-    assert (out / "bound.png").exists() and all(column in printed for column in ("holds at 4", "u covers"))
+    assert (out / "bound.png").exists() and all(c in printed for c in ("holds at 4", "u covers", "unscaled u"))
 
     before = (out / "bound.csv").read_bytes()
     for bad in (["--length", "4"], ["--episodes", "0"], ["--out", str(folder / "config.json")]):
