@@ -160,7 +160,7 @@ def test_a_run_that_has_only_begun_is_left_out(tmp_path, text):
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize("ours, theirs, low, high", [(5, 5, 0.06, 0.14), (5, 3, 0.08, 0.17), (3, 3, 0.13, 0.26)])
+@pytest.mark.parametrize("ours, theirs, low, high", [(5, 5, 0.07, 0.13), (5, 3, 0.07, 0.13), (3, 3, 0.16, 0.24)])
 def test_intervals_of_few_seeds_are_too_narrow(ours, theirs, low, high):
     """How often they leave out one half where the two are the same, which results/README.md says: not 5 %."""
     rng = np.random.default_rng(0)
