@@ -15,7 +15,7 @@ from torch.nn import functional as F
 def affine(x, weight, bias, dtype=torch.float32):
     """x weight + bias for N networks at once: x (N, B, i), weight (N, i, o), bias (N, 1, o) -> (N, B, o).
 
-    dtype: of the product's factors; bfloat16 keeps 8 bits of each and sums in float32.
+    dtype: of the product's factors and result; bfloat16 keeps 8 bits of each and sums in float32.
     """
     if dtype == torch.float32:
         return torch.baddbmm(bias, x, weight)
@@ -132,8 +132,8 @@ class SAC:
             Deviation 14: the mean is the default of wombet.py.
         penalty_coef: lambda of eq. 7, in reward per unit of uncertainty.
         floor_penalty: it takes no reward below 0, see `target`.
-        dtype: "float32", or "bfloat16" in learning, for the products between hidden layers and the actor's last one
-            (acting stays float32).
+        dtype: "float32", or "bfloat16" in learning, `value` and `q_value`, for the products between hidden layers and
+            the actor's last one (acting stays float32).
         compile: torch.compile the gradients: one fused program for a critic step and one for the actor's.
         discount: gamma; polyak: rate of the target networks; lr: of actor, critics and temperature.
         actor_average: rate of the actor's exponential average over its updates (Polyak and Juditsky, 1992), which is

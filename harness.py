@@ -78,6 +78,7 @@ amount = number(int, "whole number from zero and below 2^63", 0, LARGEST)
 positive, nonnegative = number(float, "finite number above zero", 1e-12), number(float, "finite number from zero", 0)
 real = number(float, "finite number")
 fraction, percent = number(float, "number in [0, 1]", 0, 1), number(float, "number in [0, 100]", 0, 100)
+rate = number(float, "number above 0, 1 at most", 1e-12, 1)
 
 
 def some_path(text):
@@ -132,7 +133,7 @@ def new_parser(doc, name, source=True):
     g.add_argument("--fast", default="auto", choices=("auto", "on", "off"), help="compile, and multiply in bfloat16 "
                    "(PPO, TD3, BC, IQL, AWAC: neither); auto: where the machine can, and, compiling, where it pays")
     g.add_argument("--resume", type=some_path, metavar="RUN_DIR", help="continue that run, with its own flags "
-                   "(budgets, the agent's learning rates, evaluations, checkpoints, the machine's may be given anew)")
+                   "(budgets, learning rates, evaluations, checkpoints, the machine's may be given anew)")
     g.add_argument("--evaluate", type=some_path, metavar="RUN_DIR", help="only play that run's policy, and print its "
                    "return")
     g.add_argument("--gif", type=some_path, metavar="FILE", help="with --evaluate: draw the first episode")
@@ -151,7 +152,8 @@ def new_parser(doc, name, source=True):
                        "Swimmer: no cap, others: 1)")
         g.add_argument("--source-ctrl-cost-factor", type=nonnegative, help="source control cost / stock (Swimmer: 100)")
         g.add_argument("--source-goal-shift", type=real, help="the goal's shift, m (Pusher .15, Reacher .05)")
-        g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2)")
+        g.add_argument("--source-reset-noise-factor", type=positive, help="source reset noise / stock (2; "
+                       "Pusher: of .05 rad on the arm's joints, where stock has none)")
     return parser, first
 
 

@@ -50,8 +50,8 @@ class MPC:
         particles: copies of a candidate, consecutive rows for the model (`WorldModel.member_step`), over which its
             return is averaged: eq. 1's expectation over the ensemble.
             Deviation 2: the default is 1, the ensemble's mean.
-        policy, policy_samples: proposes that many candidates, from its own rollouts in the model; value: V at the
-            horizon. None of them: plain CEM.
+        policy, policy_samples: proposes that many candidates, from its own rollouts in the model (with particles: in
+            the first one's states); value: V at the horizon. None of them: plain CEM.
 
     The measured sizes are the defaults of wombet.py's flags, not these. Raises ValueError for sizes that cannot be.
     """

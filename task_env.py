@@ -28,11 +28,12 @@ class TaskEnv:
     """
 
     def __init__(self, env_id, source=None, seed=0, render_mode=None, max_steps=None, **quantities):
-        self.task = make_task(env_id, source, **quantities)
+        self.env_id, self.task = env_id, make_task(env_id, source, **quantities)
         limit = {"max_episode_steps": max_steps} if max_steps else {}
+        drawing = {"render_mode": render_mode} if render_mode else {}
         try:
-            self.env = self._make(env_id, render_mode=render_mode, **limit, **self.task.env_kwargs)
-        except (gym.error.Error, ImportError) as error:
+            self.env = self._make(env_id, **drawing, **limit, **self.task.env_kwargs)
+        except (gym.error.Error, ImportError, TypeError) as error:  # TypeError: an argument that it does not take
             raise ValueError(f"{env_id} cannot be made here: {str(error).splitlines()[0]}") from error
         seen, space = self.env.observation_space, self.env.action_space
         if not isinstance(seen, gym.spaces.Box) or len(seen.shape) != 1:
@@ -102,7 +103,7 @@ class TaskEnv:
             self.task.perturb(qpos, env.np_random)
             env.set_state(qpos, qvel)
             self.obs = env._get_obs()
-        self.obs = np.asarray(self.obs, dtype=np.float32)
+        self.obs = np.array(self.obs, dtype=np.float32)  # a copy: an environment may write its state in place
         return self.obs
 
     def step(self, action):
@@ -110,7 +111,11 @@ class TaskEnv:
         action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
         self._episode[1].append(action)
         next_obs, _, terminated, truncated, info = self.env.step(self.action_mid + self.action_scale * action)
-        next_obs = np.asarray(next_obs, dtype=np.float32)
+        next_obs = np.array(next_obs, dtype=np.float32)
+        for key in self.task.FEATURES:
+            if key not in info:
+                raise ValueError(f"{type(self.task).__name__}.FEATURES names {key!r}, which a step's info of "
+                                 f"{self.env_id} lacks; it has {', '.join(map(str, info)) or 'nothing'}")
         features = np.array([info[key] for key in self.task.FEATURES], dtype=np.float32)
         reward = self.task.reward(*map(torch.from_numpy, (self.obs, action, next_obs, features))).item()
         self.obs = next_obs

@@ -30,7 +30,7 @@ from filter import MODES, accept, relabel, score_trajectories, thresholds, to_tr
 from mpc import MPC, imagine
 from harness import (SWITCH, Log, amount, as_flag, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
-                     nonnegative, not_below, open_run, percent, positive, read_flags, real, recent_return,
+                     nonnegative, not_below, open_run, percent, positive, rate, read_flags, real, recent_return,
                      require, require_memory, run_program, same_flags, save, save_dataset, show, some_path,
                      source_flags, source_quantities, stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from replay import AdaptiveMix, ReplayBuffer, mixed_batch
@@ -59,7 +59,7 @@ def build_parser():
     g.add_argument("--alpha-gain", type=nonnegative, default=0.1, help="adaptive: clip(gain * TD error, min, max)")
     g.add_argument("--alpha-min", type=fraction, default=0.05, help="lower end of the adaptive alpha")
     g.add_argument("--alpha-max", type=fraction, default=0.5, help="upper end of the adaptive alpha")
-    g.add_argument("--alpha-ema", type=fraction, default=0.005, help="rate of the TD error's running mean, per step")
+    g.add_argument("--alpha-ema", type=rate, default=0.005, help="rate of the TD error's running mean, per step")
     g.add_argument("--td-error", default="absolute", choices=("absolute", "signed"), help="signed: the paper's formula")
 
     g = parser.add_argument_group("imagining in the target task (sections 4.1 and 4.3)")
@@ -77,7 +77,7 @@ def build_parser():
     g.add_argument("--generate-in", default="model", choices=("model", "env"), help="env: by more real source steps")
     g.add_argument("--imagined-trajectories", type=count, default=64, help="trajectories in a round of MPC")
     g.add_argument("--imagined-length", type=count, default=200, help="their length, steps; at most an episode")
-    g.add_argument("--reset-share", type=fraction, default=0.5, help="model: share from resets; others: source data")
+    g.add_argument("--reset-share", type=fraction, default=0.5, help="in the model: share from resets, not source data")
     g.add_argument("--trust-percentile", type=percent, default=99.0, help="percentile of real u that cuts; 0: never")
     g.add_argument("--filter", default="dual", choices=MODES, help="criteria of eq. 6")
     g.add_argument("--return-percentile", type=percent, default=50.0, help="of the first round, becomes J_th")
@@ -95,8 +95,8 @@ def build_parser():
     g.add_argument("--noise-beta", type=nonnegative, default=0.25, help="colour of the candidates' noise; 0 is white")
     g.add_argument("--keep-elites", type=fraction, default=0.3, help="share of elites kept as candidates, 1 at least")
     g.add_argument("--replan-every", type=count, default=1, help="steps of a plan executed before the next")
-    g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1's: the ensemble's mean "
-                   "moves a state; or each member's: candidates' returns are averaged, a trajectory follows one")
+    g.add_argument("--expectation", default="mean", choices=("mean", "members"), help="eq. 1: states move by the "
+                   "ensemble's mean; or by each member's, then a plan's return is averaged over members")
     g.add_argument("--guide", **SWITCH, default=True, help="candidates from the source policy, value at the horizon")
     g.add_argument("--policy-samples", type=count, default=16, help="candidates from the policy, with --guide")
     g.add_argument("--plan-penalty-coef", type=nonnegative, default=4.0, help="lambda of eqs. 3 to 5")
@@ -115,21 +115,21 @@ def build_parser():
     g.add_argument("--critics", type=count, default=5, help="N, critics in the ensemble")
     g.add_argument("--min-critics", type=amount, default=2, help="M, random critics under the target's min; 0: all")
     g.add_argument("--actor-q", default="mean", choices=("min", "mean"), help="over critics, what the actor maximises")
-    g.add_argument("--actor-average", type=fraction, default=1e-3, help="rate of the evaluated actor's average")
+    g.add_argument("--actor-average", type=rate, default=1e-3, help="rate of the evaluated actor's average")
     g.add_argument("--utd", type=count, default=8, help="critic updates per environment step")
     g.add_argument("--batch-size", type=count, default=128, help="transitions per critic update")
     g.add_argument("--hidden", type=count, default=256, help="width of the two hidden layers")
     g.add_argument("--layer-norm", **SWITCH, default=True, help="LayerNorm in the critics (eq. 8)")
     g.add_argument("--lr", type=positive, default=1e-3, help="learning rate of actor, critics and temperature")
     g.add_argument("--discount", type=fraction, default=0.99, help="gamma, also of planning and of J in eq. 6")
-    g.add_argument("--polyak", type=fraction, default=0.01, help="rate of the target networks")
+    g.add_argument("--polyak", type=rate, default=0.01, help="rate of the target networks")
     g.add_argument("--init-temperature", type=positive, default=1.0, help="of SAC's entropy term")
     g.add_argument("--target-entropy", type=real, help="nats; unless given, -action dimension / 2")
     g.add_argument("--backup-entropy", **SWITCH, default=True, help="entropy term in the critics' target")
     g.add_argument("--actor-entropy", **SWITCH, default=True, help="entropy term in the actor's loss")
     # Deviation 5: the paper has one lambda; a plan's and a target's are one value here, too, but can be set apart
     g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
-    g.add_argument("--floor-penalty", **SWITCH, default=True, help="it takes a reward's positive part at most")
+    g.add_argument("--floor-penalty", **SWITCH, default=True, help="lambda u takes no reward below 0")
     g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before the very first update")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="so many steps' training episodes tell which "
                    "source agent goes on, the one of the highest return; 0, or too few steps: the last one")
@@ -152,10 +152,11 @@ def check_args(args):
                               *((n, "alpha_rule", ("adaptive",)) for n in ("alpha_gain", "alpha_min", "alpha_max"))):
         require(vars(args)[flag] in modes or vars(args)[name] == build_parser().get_default(name),
                 f"{as_flag(name, vars(args)[name])} needs {as_flag(flag, ' or '.join(modes))}")
-    require(args.alpha_rule == "fixed" or round(args.alpha_max * args.batch_size) < args.batch_size,
-            f"--alpha-max {args.alpha_max} leaves no real data in a batch, on which the TD error is measured")
-    require(args.actor_average > 0, "--actor-average 0 would evaluate the actor of the start: give a rate above 0")
     learns_source, mixes = args.prior and not args.offline_data, args.alpha_rule == "adaptive" or args.alpha > 0
+    share, most = ("alpha", args.batch_size) if args.alpha_rule == "fixed" else ("alpha_max", args.batch_size - 1)
+    rows = round(vars(args)[share] * args.batch_size)  # the adaptive share needs a real row: the TD error is theirs
+    require(not (mixes and args.prior) or 1 <= rows <= most, f"{as_flag(share, vars(args)[share])} gives D_S {rows} of the "
+            f"{args.batch_size} rows in a batch: give it 1 to {most}")
     for low, high in (("alpha_min", "alpha_max"), ("min_critics", "critics"), ("elites", "population"),
                       *[("horizon", "imagined_length")] * (learns_source and mixes), ("replan_every", "horizon")):
         require(vars(args)[low] <= vars(args)[high], f"{as_flag(low, vars(args)[low])} is above "
@@ -338,7 +339,6 @@ def learn(run, name):
     """Online learning in one task: act, store, update on the mix; in the target task with rounds of imagination."""
     args, side, steps = run.args, getattr(run, name), vars(run.args)[f"{name}_steps"]
     env, agent, buffer = side.env, side.agent, side.buffer
-    from_scratch = name == "source" or not args.prior
     run.log.pace, text, info = (time.time(), side.step), "", {}
     while side.step < steps:
         stop_if_interrupted(run, state_dict)
@@ -348,7 +348,7 @@ def learn(run, name):
                 refresh_uncertainty(run)
             imagine_round(run, side.step)
         obs = env.reset() if env.obs is None else env.obs
-        acts_randomly = from_scratch and side.step < args.random_steps
+        acts_randomly = (name == "source" or not args.prior) and side.step < args.random_steps
         action = (run.rng.uniform(-1.0, 1.0, env.action_dim).astype(np.float32) if acts_randomly
                   else agent.act(obs).cpu().numpy())
         store_step(env, buffer, action)
@@ -416,7 +416,7 @@ def fit(run, epochs):
     args, began = run.args, time.time()
     # rows are only ever appended, so that what the fit holds out stays held out
     target, imagined = run.target.buffer.filled(), []
-    real = parts = [run.source.buffer.filled(), {key: values[run.pooled:] for key, values in target.items()}]
+    collected = parts = [run.source.buffer.filled(), {key: values[run.pooled:] for key, values in target.items()}]
     if args.refit_on_imagined and run.phase == "target":
         # Deviation 9: the paper's D is D_S and D_T; the default leaves out what the model itself has imagined
         parts, imagined = [target], [run.offline_data.filled()]
@@ -424,7 +424,7 @@ def fit(run, epochs):
     columns = {k: torch.cat([part[k] for part in parts + imagined]) for k in ("obs", "action", "next_obs", "features")}
     rows = torch.arange(len(columns["obs"]), device=args.device)
     result = run.model.fit(**columns, held_out=(rows % 10 == 0) & (rows < n_real), lr=args.model_lr,
-                           bounds=torch.cat([part[key] for part in real for key in ("obs", "next_obs")]),
+                           bounds=torch.cat([part[key] for part in collected for key in ("obs", "next_obs")]),
                            batch_size=args.model_batch_size, max_epochs=epochs)
     run.holdout_mse = result["holdout_mse"]
     pairs = torch.stack([result["holdout_u"], result["holdout_error"]], 1).cpu().numpy()
@@ -453,8 +453,8 @@ def trust_limit(run):
     """The uncertainty beyond which what is imagined is cut: a percentile of u on the source's real data."""
     if not run.args.trust_percentile:
         return math.inf
-    real = run.source.buffer.sample(5000)
-    return run.model.uncertainty(real["obs"], real["action"]).quantile(run.args.trust_percentile / 100).item()
+    data = run.source.buffer.sample(5000)
+    return run.model.uncertainty(data["obs"], data["action"]).quantile(run.args.trust_percentile / 100).item()
 
 
 def imagine_policy(run):

@@ -158,8 +158,8 @@ class WorldModel(nn.Module):
             max_epochs=40, patience=5):
         """Gaussian maximum likelihood on bootstraps, from the present weights (so a refit is a warm start).
 
-        No member trains on the held-out rows. Half of them stop the fit once no member has gained 1 % for `patience`
-        epochs; each member keeps the weights that were its own best. The other half scale u (`coverage`). Each member's
+        No member trains on the held-out rows. Half of them stop the fit once `patience` epochs have gained no member
+        1 %; each member keeps the weights that were its own best. The other half scale u (`coverage`). Each member's
         bootstrap is drawn once.
 
         Args: obs, next_obs (n, d), action (n, A), features (n, f). held_out: (n,) bool, by default every tenth row:
@@ -187,6 +187,7 @@ class WorldModel(nn.Module):
         size = min(batch_size, len(train))
         optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
         best = torch.full((self.members,), math.inf, device=inputs.device)
+        mark = best  # the error at the last gain of 1 %, so that slow gains add up (as in MBPO)
         stacked = [*self.weights, *self.biases]  # what belongs to one member; the log-variance bounds are shared
         kept = [p.detach().clone() for p in stacked]
         stale = epoch = 0
@@ -198,9 +199,8 @@ class WorldModel(nn.Module):
             error = self._holdout_mse(inputs[stopping], targets[stopping])
             if not (error.isfinite().all() and loss.isfinite()):
                 raise FloatingPointError("the world model's loss is not finite: lower --model-lr or look at the data")
-            gained = error < 0.99 * best
-            better = error < best
-            best = torch.where(better, error, best)
+            gained, better = error < 0.99 * mark, error < best
+            mark, best = torch.where(gained, error, mark), torch.where(better, error, best)
             for keep, p in zip(kept, stacked):
                 keep[better] = p.detach()[better]
             stale = 0 if gained.any() else stale + 1
@@ -213,9 +213,10 @@ class WorldModel(nn.Module):
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
             mse = ((mean.mean(0) - targets[held]) * self.varies).square().sum(-1).mean() / self._root_d() ** 2
         self.calibrate(obs, action, next_obs, features, held_out)
-        rows = [column[calibrating] for column in (obs, action, next_obs, features)]
+        obs, action, next_obs, features = (column[calibrating] for column in (obs, action, next_obs, features))
         return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
-                "holdout_u": self.uncertainty(*rows[:2]), "holdout_error": self.error(*rows)}
+                "holdout_u": self.uncertainty(obs, action),
+                "holdout_error": self.error(obs, action, next_obs, features)}
 
     def _split(self, rows, held_out):
         """Indices of the rows (n, ...) that train, that are held out, and of the latter's halves, which stop a fit and
@@ -235,8 +236,9 @@ class WorldModel(nn.Module):
         self.scale.fill_(1.0)
         if self.coverage:
             calibrating = self._split(obs, held_out)[-1]
-            rows = [column[calibrating] for column in (obs, action, next_obs, features)]
-            self.scale.copy_(self._conformal_scale(self.uncertainty(*rows[:2]), self.error(*rows)))
+            obs, action, next_obs, features = (column[calibrating] for column in (obs, action, next_obs, features))
+            u, error = self.uncertainty(obs, action), self.error(obs, action, next_obs, features)
+            self.scale.copy_(self._conformal_scale(u, error))
 
     def _conformal_scale(self, u, error):
         """The quantile of error / u (n,) that covers a new transition with probability `coverage`: the

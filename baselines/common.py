@@ -31,7 +31,7 @@ from torch import nn
 from agent import soft_bounds
 from harness import (COLUMNS, SWITCH, Log, amount, catch_interrupts, count, evaluation_row, fraction, load, load_agent,
                      load_dataset, load_log_and_generators, log_and_generators, must_fit, must_match, new_parser,
-                     nonnegative, not_below, open_run, positive, read_flags, real, require, require_memory,
+                     nonnegative, not_below, open_run, positive, rate, read_flags, real, require, require_memory,
                      run_program, save, save_dataset, show, some_path, source_flags, source_quantities,
                      stop_if_interrupted, stop_if_not_finite, store_step, write_config)
 from replay import ReplayBuffer
@@ -70,7 +70,7 @@ def agent_flags(parser, title, **defaults):
              "layers": (count, "hidden layers"), "lr": (positive, "learning rate of every network"),
              "actor_lr": (positive, "learning rate of the actor"),
              "critic_lr": (positive, "learning rate of the critics"), "discount": (fraction, "gamma"),
-             "polyak": (fraction, "rate of the target networks"),
+             "polyak": (rate, "rate of the target networks"),
              "init_temperature": (positive, "of SAC's entropy term"),
              "target_entropy": (real, "nats (default: -action dimension)"),
              "random_steps": (amount, "uniform actions, without learning, at the start")}

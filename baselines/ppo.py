@@ -153,7 +153,7 @@ class PPO:
         if self.anneal_lr:
             self.optimizer.param_groups[0]["lr"] = self.lr * max(0.0, 1 - self.batches / self.total_batches)
         for _ in range(self.epochs):
-            for rows in torch.randperm(n, device=obs.device).chunk(self.minibatches):
+            for rows in torch.randperm(n, device=obs.device).tensor_split(self.minibatches):
                 parts = (x[rows] for x in (obs, action, old_log_prob, advantage, returns, value))
                 info = self.update(*parts)
         self.obs_moments.update(batch["obs"].cpu())  # after the updates: they see what the policy saw when it acted

@@ -3,9 +3,9 @@
     python experiments/bound.py runs/Walker2d-v4__wombet__0 runs/Hopper-v4__wombet__0 --out results/bound
 
 A run's source phase gives the model, the source agent and the planner, which acts in real episodes. On the way, from
-the very states it meets, three sequences of H actions are each carried out twice, in the model and in the environment:
-a plan made anew there, the source policy's proposal, and uniform actions. Returns are undiscounted and end with the H
-steps, as in eqs. 3 to 5; the bound holds where
+the very states it meets, sequences of H actions are each carried out twice, in the model and in the environment: a
+plan made anew there, the source policy's proposal (where it guides the planner), and uniform actions. Returns are
+undiscounted and end with the H steps, as in eqs. 3 to 5; the bound holds where
 
     J_P >= J_model - lambda sum_k u(s_k, a_k),   so from  lambda = (J_model - J_P) / sum_k u  on.
 
@@ -147,7 +147,7 @@ def draw(rows, used, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders with a source.pt")
-    parser.add_argument("--out", default="results/bound", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="for bound.csv and bound.png")
     parser.add_argument("--episodes", type=count, default=20, help="real episodes a run (default: %(default)s)")
     parser.add_argument("--length", type=count, default=200, help="steps an episode at most (default: %(default)s)")
     parser.add_argument("--every", type=count, default=10, help="steps between checks (default: %(default)s)")

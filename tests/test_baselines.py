@@ -148,6 +148,13 @@ def test_ppo_scales_rewards_by_the_discounted_return():
     assert agent.running_return == 4.0
 
 
+def test_ppo_updates_once_a_part():
+    """A batch of 10 in 7 parts, of 2, 2, 2 and of 1 row: as many updates as --minibatches says."""
+    agent = PPO(2, 1, steps=10, rollout_steps=10, minibatches=7, epochs=3)
+    agent.learn(filled(10))
+    assert agent.updates == 21
+
+
 def test_ppo_learns_once_a_batch_and_anneals():
     agent = PPO(2, 1, steps=64, rollout_steps=16, minibatches=2, epochs=3, lr=1e-3)
     buffer = filled(16)
@@ -653,7 +660,8 @@ def test_each_flag_changes_what_the_run_learns(whole, dataset, tmp_path, method,
 BAD = {"no dataset": ["bc", "--dataset", ""], "missing file": ["iql", "--dataset", "nowhere.npz"],
        "unknown environment": ["sac", "--env", "Nope-v4"], "unknown flag": ["td3", "--nope"],
        "negative": ["ppo", "--epochs", "-1"], "minibatches": ["ppo", "--minibatches", "33"],
-       "share": ["iql", "--expectile", "2"], "no checkpoint": ["sac", "--resume", "nowhere"],
+       "share": ["iql", "--expectile", "2"], "targets that stand still": ["td3", "--polyak", "0"],
+      "no checkpoint": ["sac", "--resume", "nowhere"],
        "gif": ["sac", "--gif", "a.gif"], "nothing to do": ["bc", "--offline-updates", "0", "--online-steps", "0"],
        "no data in a batch": ["combo", "--real-ratio", "0"], "device": ["cql", "--device", "abacus"],
        "unknown source": ["awac", "--source-rewards", "--source", "x"],

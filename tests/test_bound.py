@@ -115,6 +115,7 @@ def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
     assert bound.main([str(folder), str(other), *flags]) == 2
     assert f"two runs are named {folder.name}" in capsys.readouterr().err
 
+    assert bound.main([str(folder)]) == 2 and "--out" in capsys.readouterr().err  # results/ is not written by chance
     (folder / "source.pt").unlink()
     assert bound.main([str(folder), *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1

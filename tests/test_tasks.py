@@ -290,6 +290,55 @@ def test_actions_are_stretched_to_bounds_of_any_middle(monkeypatch):
         assert calls[-1][0].tolist() == raw
 
 
+def own(monkeypatch, make, task=Tiny):
+    """A TaskEnv of an environment of one's own, registered as "Own-v0"."""
+    monkeypatch.setitem(tasks.TASKS, "Own", task)
+    monkeypatch.setitem(gym.registry, "Own-v0", gym.envs.registration.EnvSpec(
+        "Own-v0", entry_point=make, max_episode_steps=9))
+    return TaskEnv("Own-v0")
+
+
+def test_observations_are_copies(monkeypatch):
+    """Of an environment that writes each state into the same array."""
+    class Drifting(Lopsided):
+        state = np.zeros(2, dtype=np.float32)
+
+        def reset(self, seed=None, options=None):
+            self.state[:] = 0
+            return self.state, {}
+
+        def step(self, action):
+            self.state += 0.5
+            return self.state, 0.0, False, False, {}
+
+    env = own(monkeypatch, lambda **kwargs: Drifting())
+    obs, next_obs = env.reset(), env.step(np.zeros(2))[0]
+    assert obs.tolist() == [0, 0] and next_obs.tolist() == [0.5, 0.5] and env.step(np.zeros(2))[0].tolist() == [1, 1]
+    assert next_obs.tolist() == [0.5, 0.5]
+
+
+def test_an_environment_without_arguments(monkeypatch):
+    """One that takes no render_mode is made; one whose task gives it others is refused in one line."""
+    assert own(monkeypatch, Lopsided).obs_dim == 2
+
+    class Strange(Tiny):
+        def __init__(self, *args):
+            self.source, self.env_kwargs = None, {"colour": "red"}
+
+    with pytest.raises(ValueError, match="^Own-v0 cannot be made here: .*colour[^\n]*$"):
+        own(monkeypatch, Lopsided, Strange)
+
+
+def test_a_feature_that_info_lacks(monkeypatch):
+    class Wrong(Tiny):
+        FEATURES = ("x_velocity",)
+
+    env = own(monkeypatch, Lopsided, Wrong)
+    env.reset()
+    with pytest.raises(ValueError, match="^Wrong.FEATURES names 'x_velocity', which [^\n]*info[^\n]*$"):
+        env.step(np.zeros(2))
+
+
 def test_an_evaluation_by_hand():
     """Episode by episode, each from its own seed, the same every time; q_error is Q(s_0, a_0) less the discounted
     return."""

@@ -728,6 +728,8 @@ BAD = {
     "zero": ["--horizon", "0"],
     "alpha": ["--alpha-min", "0.6", "--alpha-max", "0.5"],
     "no real data": ["--alpha-max", "1"],
+    "a share of no row": ["--alpha-rule", "fixed", "--alpha", "0.003"],
+    "no row at most": ["--alpha-min", "0", "--alpha-max", "0.003"],
     "a share that nothing heeds": ["--alpha", "0"],
     "a gain that nothing heeds": ["--alpha-rule", "fixed", "--alpha-gain", "0.2"],
     "a bound that nothing heeds": ["--alpha-rule", "fixed", "--alpha-max", "0.4"],
@@ -736,6 +738,8 @@ BAD = {
     "critics": ["--critics", "2", "--min-critics", "3"],
     "elites": ["--elites", "9"],
     "no average at all": ["--actor-average", "0"],
+    "targets that stand still": ["--polyak", "0"],
+    "an error that stands still": ["--alpha-ema", "0"],
     "horizon": ["--horizon", "11"],
     "random actions alone": ["--random-steps", "150"],
     "alone, from scratch": ["--no-prior", "--random-steps", "120"],
@@ -775,6 +779,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags):
         assert (folder / "source.pt").exists()
     else:
         assert not folder.exists()
+
+
+def test_a_batch_of_one_row_where_nothing_is_mixed():
+    assert wombet.parse_args(["--no-prior", "--batch-size", "1"]).batch_size == 1
+    assert wombet.parse_args(["--alpha-rule", "fixed", "--alpha", "1", "--batch-size", "1"]).alpha == 1
 
 
 def test_source_flags_with_a_file_are_refused():

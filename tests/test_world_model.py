@@ -278,6 +278,15 @@ def test_each_member_keeps_its_own_best():
     torch.testing.assert_close(measure(*model.held), errors.amin(0), rtol=1e-4, atol=1e-6)
 
 
+def test_slow_gains_add_up():
+    """An error that falls by 0.8 % an epoch has gained 1 % every second epoch: the fit goes on. One that stays stops
+    it after `patience` epochs."""
+    for factor, epochs in ((0.992, 20), (1.0, 4)):
+        model, seen = small(), []
+        model._holdout_mse = lambda *_: (seen.append(0), torch.full((5,), factor ** len(seen)))[1]
+        assert model.fit(*linear_data(50)[0], max_epochs=20, patience=3)["epochs"] == epochs
+
+
 def test_fit_stops_early_and_refits_from_where_it_was(fitted):
     data, result, state = fitted
     assert result["epochs"] < 60
