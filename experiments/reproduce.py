@@ -35,17 +35,18 @@ PAIR = ("HalfCheetah-v4", "Walker2d-v4")
 # source, target, online: steps of WOMBET's phases and of SAC, TD3 and PPO, twice the target's, for the claim is "less
 # than half". offline, slow_offline: updates on D_S, and those of CQL and COMBO, which take ten times as long.
 # window: the --snapshot-window of WOMBET's source phase.
-# wombet, baseline, bound: flags of WOMBET's runs, of every baseline, of bound.py; more: of single baselines.
+# wombet, preset, baseline, bound: flags of WOMBET's runs, of the literal paper's beside them, of every baseline, of
+# bound.py; more: of single baselines. A round of the literal paper takes 50 minutes of a core with 64 trajectories.
 FEW_ACTIONS = ("--cql-actions", 4)
 CPU = dict(envs=NEAR_FOUR, pair=PAIR, many=range(5), few=range(3), source=50_000, target=25_000, online=50_000,
-           offline=20_000, slow_offline=10_000, window=2000, wombet=(), baseline=("--eval-every", 2500), bound=(),
-           more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
+           offline=20_000, slow_offline=10_000, window=2000, wombet=(), preset=("--imagined-trajectories", 16),
+           baseline=("--eval-every", 2500), bound=(), more={"cql": FEW_ACTIONS, "combo": FEW_ACTIONS})
 BUDGETS = {
     "cpu": CPU,
     "paper": {**CPU, "envs": (*NEAR_FOUR, "Ant-v4", "Swimmer-v4"), "few": range(5), "offline": 100_000,
-              "slow_offline": 100_000, "more": {}},
+              "slow_offline": 100_000, "preset": (), "more": {}},
     "quick": {**CPU, "envs": ("Hopper-v4",), "pair": ("Hopper-v4",), "many": range(1), "few": range(1), "source": 400,
-              "target": 200, "online": 400, "offline": 100, "slow_offline": 50, "window": 100,
+              "target": 200, "online": 400, "offline": 100, "slow_offline": 50, "window": 100, "preset": (),
               "wombet": shlex.split("--fast off --eval-every 100 --eval-episodes 2 --checkpoint-every 100 --utd 2 "
                                     "--hidden 64 --model-hidden 64 --random-steps 100 --snapshot-window 100 "
                                     "--model-epochs 2 --rollouts 100 --imagine-every 100 --imagined-trajectories 8 "
@@ -210,8 +211,8 @@ def preset(b):
     """The literal paper. It says nothing of who collects the source data: they and the first model are WOMBET's."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
-        yield from (variant(b, "preset", "preset", env, seed, "--preset", "paper", "--snapshot-window", b.window)
-                    for seed in b.few)
+        yield from (variant(b, "preset", "preset", env, seed, "--preset", "paper", "--snapshot-window", b.window,
+                            *b.preset) for seed in b.few)
 
 
 def shift(b):

@@ -91,8 +91,9 @@ def test_the_grid_is_the_issues():
         assert left.issuperset(job.needs)
         left |= {f"runs/{job.topic}/{job.folder}/{name}" for name in ("source.pt", "first_dataset.npz", "done")}
         left |= {str(Path(job.result).with_name(name)) for name in job.kept}
-    paper = reproduce.grid(budget("paper"), ["fig2"])
+    paper = reproduce.grid(budget("paper"), ["fig2", "preset"])
     assert len([job for job in paper if "__sac__" in job.folder]) == 6 * 5
+    assert not any("--imagined-trajectories" in job.flags for job in paper)  # the default's number
 
 
 GIVEN = {
@@ -106,7 +107,8 @@ GIVEN = {
     "fig4/bc": "--online-steps 25000", "fig4/awac": "--online-steps 25000",
     "fig5/half": "--alpha-rule fixed --alpha 0.5",
     "fig6/filter-none": "--imagine-every 0 --filter none",
-    "preset/preset": "--preset paper --snapshot-window 2000 --source-run runs/fig2/HalfCheetah-v4__wombet__0",
+    "preset/preset": "--preset paper --snapshot-window 2000 --imagined-trajectories 16 "
+                     "--source-run runs/fig2/HalfCheetah-v4__wombet__0",
     "shift/stand-nokeep": "--source stand --no-keep-source-data",
     "shift/stand-new": "--source stand --no-warm-start",
     "shift/backward-control": "--source backward --alpha-rule fixed --alpha 0",
