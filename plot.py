@@ -533,7 +533,8 @@ def summarise(args):
 
     WOMBET is compared with every other group of a topic, and is fig2's where the topic has none; in the topic shift,
     each agent from a source task, <source> and <source>-new…, is compared with all from there, and with fig2's scratch,
-    as is <source>-control; in parts, the new agents with one another and with fig2's scratch.
+    as is <source>-control; in parts, the new agents with one another and with fig2's scratch; in preset, the literal
+    paper with its own agent from scratch and with fig2's scratch.
     """
     scale = args.normalise or "td3-1m"
     columns = {"return_mean": "return", "normalised": f"normalised by {scale}", "q_error": "q_error",
@@ -565,6 +566,8 @@ def summarise(args):
             if topic == "parts" and phase == "target":
                 pairs += [("model", "data"), ("model", "first"),
                           ("data", "scratch"), ("first", "scratch"), ("model", "scratch")]
+            if topic == "preset":
+                pairs += [("preset", "preset-scratch"), ("preset", "scratch")]
             if topic == "shift":
                 rivals = [*labels, "scratch"] if phase == "target" else labels
                 agents = [re.fullmatch(r"(\w+)(-new.*)?", name) for name in found[topic, "target"].get(env, {})]

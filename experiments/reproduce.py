@@ -85,8 +85,8 @@ def run_dir(b, job):
     return f"{b.runs}/{job.topic}/{job.folder}"
 
 
-def scratch(b, env, seed):
-    return new_job(b, "fig2", "wombet.py", env, "scratch", seed, *b.wombet, "--no-prior", "--target-steps", b.target)
+def scratch(b, env, seed, topic="fig2", name="scratch", *flags):
+    return new_job(b, topic, "wombet.py", env, name, seed, *b.wombet, "--no-prior", "--target-steps", b.target, *flags)
 
 
 def goes_on(b, topic, name, job, *flags):
@@ -208,11 +208,13 @@ def fig6(b):
 
 
 def preset(b):
-    """The literal paper. It says nothing of who collects the source data: they and the first model are WOMBET's."""
+    """The literal paper, and its agent from scratch. It says nothing of who collects the source data: they and the
+    first model are WOMBET's."""
     for env in b.envs:
         yield from (default(b, env, seed) for seed in b.few)
         yield from (variant(b, "preset", "preset", env, seed, "--preset", "paper", "--snapshot-window", b.window,
                             *b.preset) for seed in b.few)
+        yield from (scratch(b, env, seed, "preset", "preset-scratch", "--preset", "paper") for seed in b.few)
 
 
 def shift(b):

@@ -458,8 +458,9 @@ def test_summary(tmp_path, published):
     for name in ("stand", "stand-new", "stand-control", "backward"):
         write_run(tmp_path / "shift", [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "shift", [10000], [1], name="stand-bc", phase="offline")
-    for name in ("model", "data", "first"):
-        write_run(tmp_path / "parts", [0, 5000], [1, 2], name=name)
+    for topic, *names in (("parts", "model", "data", "first"), ("preset", "preset", "preset-scratch")):
+        for name in names:
+            write_run(tmp_path / topic, [0, 5000], [1, 2], name=name)
     write_run(tmp_path / "fig4", [0, 5000], [5, 20], name="iql")
     for seed in range(2):
         write_run(tmp_path / "control", [0, 2500, 5000], [1, 7, 10], name="control", seed=seed, length_mean=[9, 9, 31])
@@ -516,6 +517,9 @@ def test_summary(tmp_path, published):
     assert {key[3:5] for key in found if key[0] == "parts" and "improvement" in key[4] and key[3] != "wombet"} == {
         (name, f"probability of improvement on {rival}@5000") for name, rival in (
             ("model", "data"), ("model", "first"), ("model", "scratch"), ("data", "scratch"), ("first", "scratch"))}
+    # and the literal paper's, beside WOMBET, with its own agent from scratch
+    assert {key[3:5] for key in found if key[0] == "preset" and "improvement" in key[4] and key[3] != "wombet"} == {
+        ("preset", f"probability of improvement on {rival}@5000") for rival in ("preset-scratch", "scratch")}
     before = (tmp_path / "summary.csv").read_text()
     assert draw(tmp_path, "--kind", "summary", "--published", published) == 0
     assert (tmp_path / "summary.csv").read_text() == before

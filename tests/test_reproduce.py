@@ -82,6 +82,7 @@ def test_the_grid_is_the_issues():
     assert [count("fig3", name) for name in ("bc", "iql", "cql", "mopo", "combo")] == [6] * 5
     assert [count("fig4", name) for name in ("bc", "iql", "cql", "mopo", "combo", "awac")] == [6] * 6
     assert count("fig5", "half") == count("fig5", "tenth") == 12 and count("preset", "preset") == 12
+    assert count("preset", "preset-scratch") == 12
     assert [count("shift", f"{kind}-{name}") for kind in ("backward", "stand")
             for name in ("control", "nokeep", "new", "new-model", "new-data", "iql")] == [6] * 12
     assert [count("fig6", f"filter-{kind}") for kind in ("dual", "return", "uncertainty", "none")] == [12] * 4
@@ -109,6 +110,7 @@ GIVEN = {
     "fig6/filter-none": "--imagine-every 0 --filter none",
     "preset/preset": "--preset paper --snapshot-window 2000 --imagined-trajectories 16 "
                      "--source-run runs/fig2/HalfCheetah-v4__wombet__0",
+    "preset/preset-scratch": "--no-prior --target-steps 25000 --preset paper",
     "shift/stand-nokeep": "--source stand --no-keep-source-data",
     "shift/stand-new": "--source stand --no-warm-start",
     "shift/backward-control": "--source backward --alpha-rule fixed --alpha 0",
