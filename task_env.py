@@ -112,11 +112,11 @@ class TaskEnv:
         self._episode[1].append(action)
         next_obs, _, terminated, truncated, info = self.env.step(self.action_mid + self.action_scale * action)
         next_obs = np.array(next_obs, dtype=np.float32)
-        for key in self.task.FEATURES:
-            if key not in info:
-                raise ValueError(f"{type(self.task).__name__}.FEATURES names {key!r}, which a step's info of "
-                                 f"{self.env_id} lacks; it has {', '.join(map(str, info)) or 'nothing'}")
-        features = np.array([info[key] for key in self.task.FEATURES], dtype=np.float32)
+        try:
+            features = np.array([info[key] for key in self.task.FEATURES], dtype=np.float32)
+        except KeyError as missing:
+            raise ValueError(f"{type(self.task).__name__}.FEATURES names {missing}, which a step's info of "
+                             f"{self.env_id} lacks; it has {', '.join(map(str, info)) or 'nothing'}") from None
         reward = self.task.reward(*map(torch.from_numpy, (self.obs, action, next_obs, features))).item()
         self.obs = next_obs
         return next_obs, reward, terminated, truncated, features

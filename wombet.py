@@ -155,8 +155,8 @@ def check_args(args):
     learns_source, mixes = args.prior and not args.offline_data, args.alpha_rule == "adaptive" or args.alpha > 0
     share, most = ("alpha", args.batch_size) if args.alpha_rule == "fixed" else ("alpha_max", args.batch_size - 1)
     rows = round(vars(args)[share] * args.batch_size)  # the adaptive share needs a real row: the TD error is theirs
-    require(not (mixes and args.prior) or 1 <= rows <= most, f"{as_flag(share, vars(args)[share])} gives D_S {rows} of the "
-            f"{args.batch_size} rows in a batch: give it 1 to {most}")
+    require(not (mixes and args.prior) or 1 <= rows <= most, f"{as_flag(share, vars(args)[share])} gives D_S {rows} "
+            f"of the {args.batch_size} rows in a batch: give it 1 to {most}")
     for low, high in (("alpha_min", "alpha_max"), ("min_critics", "critics"), ("elites", "population"),
                       *[("horizon", "imagined_length")] * (learns_source and mixes), ("replan_every", "horizon")):
         require(vars(args)[low] <= vars(args)[high], f"{as_flag(low, vars(args)[low])} is above "

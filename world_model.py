@@ -177,7 +177,7 @@ class WorldModel(nn.Module):
         n = len(inputs)
         if n < 10:
             raise ValueError(f"{n} transitions are too few to fit a world model: collect at least 10")
-        train, held, stopping, calibrating = self._split(inputs, held_out)
+        train, held, stopping, _ = self._split(inputs, held_out)
         self._normalise(inputs[train], targets[train])
         seen = torch.cat([obs, next_obs]) if bounds is None else bounds  # episodes end in a next_obs
         low, high = seen.amin(0), seen.amax(0)
@@ -212,11 +212,9 @@ class WorldModel(nn.Module):
             mean, logvar = self(inputs[held])
             nll = 0.5 * ((mean - targets[held]).square() * (-logvar).exp() + logvar).mean()
             mse = ((mean.mean(0) - targets[held]) * self.varies).square().sum(-1).mean() / self._root_d() ** 2
-        self.calibrate(obs, action, next_obs, features, held_out)
-        obs, action, next_obs, features = (column[calibrating] for column in (obs, action, next_obs, features))
-        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(),
-                "holdout_u": self.uncertainty(obs, action),
-                "holdout_error": self.error(obs, action, next_obs, features)}
+        u, error = self.calibrate(obs, action, next_obs, features, held_out)
+        return {"epochs": epoch, "holdout_mse": mse.item(), "holdout_nll": nll.item(), "holdout_u": u,
+                "holdout_error": error}
 
     def _split(self, rows, held_out):
         """Indices of the rows (n, ...) that train, that are held out, and of the latter's halves, which stop a fit and
@@ -232,13 +230,14 @@ class WorldModel(nn.Module):
 
     def calibrate(self, obs, action, next_obs, features, held_out=None):
         """Scales u to cover the error for the share `coverage` of the held-out half that `fit` leaves for it; the
-        arguments are those of the fit."""
+        arguments are those of the fit. Returns u, scaled, and the error of that half, (n,) each."""
+        calibrating = self._split(obs, held_out)[-1]
+        obs, action, next_obs, features = (column[calibrating] for column in (obs, action, next_obs, features))
         self.scale.fill_(1.0)
+        u, error = self.uncertainty(obs, action), self.error(obs, action, next_obs, features)
         if self.coverage:
-            calibrating = self._split(obs, held_out)[-1]
-            obs, action, next_obs, features = (column[calibrating] for column in (obs, action, next_obs, features))
-            u, error = self.uncertainty(obs, action), self.error(obs, action, next_obs, features)
             self.scale.copy_(self._conformal_scale(u, error))
+        return self.scale * u, error
 
     def _conformal_scale(self, u, error):
         """The quantile of error / u (n,) that covers a new transition with probability `coverage`: the

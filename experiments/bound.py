@@ -139,8 +139,9 @@ def draw(rows, used, path):
                 least = needed(some)
                 ax.plot(coefs, [(least <= c).mean() for c in coefs], **look)
         ax.axvline(coef, color="#555555", lw=1)
-        ax.set(title=run.split("__")[0] + ", seed " + run.split("__")[-1], xlabel=r"$\lambda$ (reward per unit of u)", xscale="log", ylim=(0, 1.02),
-               ylabel="Share for which the bound holds" if ax.get_subplotspec().is_first_col() else "")
+        parts = run.split("__")
+        ax.set(title=f"{parts[0]}, seed {parts[-1]}", xlabel=r"$\lambda$ (reward per unit of u)", xscale="log",
+               ylim=(0, 1.02), ylabel="Share for which the bound holds" if ax.get_subplotspec().is_first_col() else "")
     fig.savefig(path, dpi=150)
 
 

@@ -661,7 +661,7 @@ BAD = {"no dataset": ["bc", "--dataset", ""], "missing file": ["iql", "--dataset
        "unknown environment": ["sac", "--env", "Nope-v4"], "unknown flag": ["td3", "--nope"],
        "negative": ["ppo", "--epochs", "-1"], "minibatches": ["ppo", "--minibatches", "33"],
        "share": ["iql", "--expectile", "2"], "targets that stand still": ["td3", "--polyak", "0"],
-      "no checkpoint": ["sac", "--resume", "nowhere"],
+       "no checkpoint": ["sac", "--resume", "nowhere"],
        "gif": ["sac", "--gif", "a.gif"], "nothing to do": ["bc", "--offline-updates", "0", "--online-steps", "0"],
        "no data in a batch": ["combo", "--real-ratio", "0"], "device": ["cql", "--device", "abacus"],
        "unknown source": ["awac", "--source-rewards", "--source", "x"],

@@ -86,7 +86,8 @@ def test_a_kind_without_sequences_has_no_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", lambda ax, *args, **look: (drawn.append(args[1]), plot(ax, *args, **look))[1])
     rows = [("a__b__0", kind, 0, 1.0, 2.0, 0.1) for kind in ("plan", "uniform")]
     titles, set_title = [], Axes.set_title
-    monkeypatch.setattr(Axes, "set_title", lambda ax, text, **rest: (titles.append(text), set_title(ax, text, **rest))[1])
+    monkeypatch.setattr(Axes, "set_title",
+                        lambda ax, text, **rest: (titles.append(text), set_title(ax, text, **rest))[1])
     bound.draw(rows, {"a__b__0": 4.0}, tmp_path / "bound.png")
     assert titles == ["a, seed 0"]
     assert len(drawn) == 2 and all(min(line) == 1 for line in drawn)
