@@ -15,12 +15,14 @@ Exit codes: 0 done, 1 a fault (what was saved stays), 2 bad input, 130 interrupt
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import functools
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -682,9 +684,20 @@ class Log:
         if done > 0:
             rate = done / max(self.shown - self.pace[0], 1e-9)
             minutes, seconds = divmod(int((steps - step) / rate), 60)
-            speed = f"{rate:5.0f} steps/s  {minutes:3}:{seconds:02} left"
+            speed = f"{rate:5.{0 if rate >= 1 else 2}f} steps/s  {minutes:3}:{seconds:02} left"
         line = f"{phase:<6} {step:>7,}/{steps:,}  {speed}  {text}"
         say(("\r\033[K" if terminal else "") + line, end="" if terminal and not force else "\n")
+
+    def counted(self, function, phase, calls):
+        """`function`, which shows a live line at each of its `calls` calls, at a pace of their own."""
+        log, done = copy.copy(self), itertools.count()
+        log.pace = (time.time(), 0)
+
+        def shown(*values):
+            log.live(phase, next(done), calls, "")
+            return function(*values)
+
+        return shown
 
     def leave_out(self, began):
         """What has run since the time `began` is not the loop, whose speed is shown."""

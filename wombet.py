@@ -503,11 +503,11 @@ def imagine_mpc(run):
     """Trajectories of penalised MPC in the model, or in real source environments, N at once."""
     args, source, n = run.args, run.source, run.args.imagined_trajectories
     length = min(args.imagined_length, source.env.max_steps)
+    act = run.log.counted(planner(run).act, "plan", length)  # a plan may take long, and a round has `length`
     if args.generate_in == "env":
         envs = [source.make_env(seed=int(run.rng.integers(2**31))) for _ in range(n)]
         starts = torch.as_tensor(np.stack([env.reset() for env in envs]), device=args.device)
-        trajectories = imagine(lockstep(envs, run.model.uncertainty), source.env.task.terminated, planner(run).act,
-                               starts, length)
+        trajectories = imagine(lockstep(envs, run.model.uncertainty), source.env.task.terminated, act, starts, length)
         source.step += int(trajectories["valid"].sum())  # real steps count
         return trajectories
     # Deviation 6: some start from states of the source data, for trajectories from resets are nearly alike; a reset
@@ -516,7 +516,7 @@ def imagine_mpc(run):
     env.seed(int(run.rng.integers(2**31)))
     resets = [torch.as_tensor(env.reset(), device=args.device)[None] for _ in range(n_reset)]
     starts = torch.cat([*resets, source.buffer.sample(n - n_reset)["obs"]])
-    return imagine(run.model_step, source.env.task.terminated, planner(run).act, starts, length, trust_limit(run))
+    return imagine(run.model_step, source.env.task.terminated, act, starts, length, trust_limit(run))
 
 
 def refresh_uncertainty(run):

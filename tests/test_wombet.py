@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import harness
 import task_env
 import tasks
 import wombet
@@ -83,6 +84,22 @@ def test_the_live_line(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "left" not in first and "return 1.0" in first
     assert "100 steps/s    0:01 left  return 2.0" in second or "100 steps/s    0:00 left  return 2.0" in second
+
+
+def test_a_round_of_planning_has_a_live_line_of_its_own(tmp_path, capsys, monkeypatch):
+    """With --preset paper a round takes the better part of an hour; the loop's pace stays as it is."""
+    monkeypatch.setattr(harness, "on_terminal", lambda: True)
+    log, now = Log(tmp_path / "progress.csv"), [1000.0]
+    monkeypatch.setattr(harness.time, "time", lambda: now[0])
+    log.pace = pace = (900.0, 50)
+    act = log.counted(lambda x: 2 * x, "plan", 4)
+    for x in range(4):
+        assert act(x) == 2 * x
+        now[0] += 10.0
+    lines = capsys.readouterr().out.replace("\033[K", "").split("\r")[1:]
+    assert [line.split()[:2] for line in lines] == [["plan", f"{k}/4"] for k in range(4)]
+    assert "left" not in lines[0] and "0.10 steps/s    0:20 left" in lines[2]
+    assert log.pace == pace
 
 
 def test_same_seed_same_numbers_other_seed_others(base, tmp_path):
