@@ -139,6 +139,9 @@ def find_runs(folders, filename, names=None):
     for name in labels:
         if name not in known:
             raise ValueError(f"no run is named {name}: there are {', '.join(known)}")
+    for label in labels.values():
+        if len(same := [name for name in labels if labels[name] == label]) > 1:
+            raise ValueError(f"--names calls {' and '.join(same)} {label}: give each a label of its own")
     for key, paths in runs.items():
         if key[1] in labels and len(paths) > 1:
             raise ValueError(f"two runs are named {'__'.join(key)}: plot one folder of them")

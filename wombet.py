@@ -130,7 +130,7 @@ def build_parser():
     # Deviation 5: the paper has one lambda; a plan's and a target's are one value here, too, but can be set apart
     g.add_argument("--target-penalty-coef", type=nonnegative, default=4.0, help="lambda of eq. 7, on D_S samples")
     g.add_argument("--floor-penalty", **SWITCH, default=True, help="lambda u takes no reward below 0")
-    g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions before the very first update")
+    g.add_argument("--random-steps", type=amount, default=1000, help="uniform actions first; with --offline-data none")
     g.add_argument("--snapshot-window", type=amount, default=2000, help="so many steps' training episodes tell which "
                    "source agent goes on, the one of the highest return; 0, or too few steps: the last one")
     return parser

@@ -111,7 +111,7 @@ def read_dataset(args, env):
     data = load_dataset(args.dataset, args.device, env.action_scale, **env.shapes).filled()
     data["uncertainty"].zero_()  # it is WOMBET's; to these methods all data is real
     if args.source_rewards:
-        task = TaskEnv(args.env, args.source, **source_quantities(args)).task
+        task = TaskEnv(args.env, args.source, max_steps=args.episode_steps, **source_quantities(args)).task
         require(not task.FEATURES or data["features"].any(),
              f"{args.dataset} lacks {', '.join(task.FEATURES)} (features), which the source's reward needs")
         data["reward"] = task.reward(data["obs"], data["action"], data["next_obs"], data["features"])
@@ -168,7 +168,8 @@ def load_state_dict(run, state):
 
 
 PHASES = ("prepare", "offline", "between", "start", "target")
-ANEW = ("target_steps", "offline_updates", "online_steps", "lr", "actor_lr", "critic_lr")  # beside harness.ANEW
+# beside harness.ANEW
+ANEW = ("target_steps", "offline_updates", "online_steps", "critic_steps", "lr", "actor_lr", "critic_lr", "model_lr")
 
 
 def heed_budgets(run):

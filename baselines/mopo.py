@@ -10,8 +10,8 @@ in it for a few steps from states of the data, each step by a member drawn at ra
 on those steps and, to a share of `real_ratio`, on the data. u is the largest of the members' predicted standard
 deviations of (s', r), each the length of a vector in the environment's units.
 
-Deviation: all members roll out, not the best five, and stay within the data's range; 10,000 rollouts at a time, not
-50,000; no weight decay; the actor's learning rate is constant.
+Deviation: all members roll out, not the best five, and stay within the data's range, widened by a tenth; 10,000
+rollouts at a time, not 50,000; no weight decay; the actor's learning rate is constant.
 Online (not in the paper): new steps join the data, and every `refit_every` of them the model is fit again on all of it,
 and imagines anew.
 """
@@ -59,8 +59,8 @@ class Imagination:
 
     @torch.no_grad()
     def step(self, obs, action):
-        """obs (B, d), action (B, A) -> next_obs (B, d), penalised reward r~ (B,) and where it terminates (B,) bool, from
-        a random member each. A fall ends it also where the data's range has none."""
+        """obs (B, d), action (B, A) -> next_obs (B, d), penalised reward r~ (B,) and where it terminates (B,) bool,
+        from a random member each. A fall ends it also where the data's range has none."""
         mean, std = self.model.predict(obs, action)
         rows = torch.arange(len(obs), device=obs.device)
         member = torch.randint(len(mean), rows.shape, device=obs.device)
@@ -106,7 +106,8 @@ class MOPO(DelayedSAC):
 
     PARTS = (*DelayedSAC.PARTS, "imagination")
 
-    def __init__(self, obs_dim, action_dim, *, imagination, offline_updates=0, refit_every=0, refit_epochs=30, **others):
+    def __init__(self, obs_dim, action_dim, *, imagination, offline_updates=0, refit_every=0, refit_epochs=30,
+                 **others):
         super().__init__(obs_dim, action_dim, **others)
         self.imagination, self.prepare = imagination, imagination.fit
         self.offline_updates, self.refit_every, self.refit_epochs = offline_updates, refit_every, refit_epochs

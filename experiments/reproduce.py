@@ -239,8 +239,9 @@ def bound(b):
     sources = [default(b, env, b.few[0]) for env in b.envs]
     yield from sources
     folders = [run_dir(b, job) for job in sources]
-    yield Job("bound", "bound", "experiments/bound.py", (*folders, *map(str, b.bound), "--out", f"{b.results}/bound"),
-              f"{b.results}/bound/bound.csv", tuple(f"{folder}/source.pt" for folder in folders), None)
+    name = "bound" if b.few[0] == 0 else f"bound-{b.few[0]}"
+    yield Job("bound", name, "experiments/bound.py", (*folders, *map(str, b.bound), "--out", f"{b.results}/{name}"),
+              f"{b.results}/{name}/bound.csv", tuple(f"{folder}/source.pt" for folder in folders), None)
 
 
 def baselines(b):
@@ -292,14 +293,14 @@ def owners(job, jobs, b):
     return [other for other in jobs if folders & {run_dir(b, other), str(Path(other.result).parent)}]
 
 
-def to_do(jobs, again, fill_runs, b):
-    """The jobs that results/ has not (fill_runs: or runs/), those of `again`, and those that leave what these need, as
-    where runs/ was deleted."""
+def to_do(jobs, whole, again, fill_runs, b):
+    """The jobs that results/ has not (fill_runs: or runs/), those of `again`, and those of the whole grid that leave
+    what these need, as where runs/ was deleted."""
     pending = [job for job in jobs if job in again or not (ROOT / job.result).exists()
                or fill_runs and not (ROOT / run_dir(b, job) / "done").exists()]
     for job in pending:  # it grows
-        pending += [other for other in owners(job, jobs, b) if other not in pending]
-    return [job for job in jobs if job in pending]
+        pending += [other for other in owners(job, whole, b) if other not in pending]
+    return [job for job in whole if job in pending]
 
 
 # flags of a run that do not tell what it computes
@@ -521,6 +522,7 @@ def submit(jobs, b, args):
 
 
 def parse_args(argv):
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topics", nargs="+", choices=(*TOPICS, "all"), metavar="TOPIC",
                         help=f"{', '.join(TOPICS)}; all: these but baselines")
@@ -528,8 +530,8 @@ def parse_args(argv):
                         "5 seeds; paper: six environments, 5 seeds, longer offline phases (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="these instead of the budget's")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="only runs whose topic/folder "
-                        "matches, such as 'fig2/Hopper-v4__*'")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+                        "matches, such as 'fig2/Hopper-v4__*', and what they need")
+    parser.add_argument("--jobs", type=int, default=cpus, help="runs at a time (default: one a core)")
     parser.add_argument("--list", action="store_true", help="print the commands, one a line, and run nothing")
     parser.add_argument("--again", action="store_true", help="run anew what is there: first deletes what runs/ and "
                         "results/ have of these topics (of an interrupted one: go on without --again)")
@@ -571,14 +573,16 @@ def main(argv=None):
         b.runs, b.results = str(inside / "runs"), str(inside / "results")
         if args.seeds:
             b.many = b.few = args.seeds
-        jobs = [job for job in grid(b, args.topics) if any(fnmatch.fnmatch(title(job), p) for p in args.only)]
+        whole = grid(b, args.topics)
+        jobs = [job for job in whole if any(fnmatch.fnmatch(title(job), p) for p in args.only)]
         if not jobs:
             raise ValueError(f"--only {' '.join(args.only)} matches no run of {', '.join(args.topics)}")
         if args.list:
             print("\n".join(map(command, jobs)))
             return 0
-        again = [job for job in jobs if args.again and job.topic in (ALL if "all" in args.topics else args.topics)]
-        pending = to_do(jobs, again, args.fill_runs, b)
+        named = {*args.topics, *(ALL if "all" in args.topics else ())}
+        again = [job for job in jobs if args.again and job.topic in named]
+        pending = to_do(jobs, whole, again, args.fill_runs, b)
         skipped = [job for job in jobs if job not in pending]
         for job in skipped:
             other = other_flags(job, Path(job.result).parent)

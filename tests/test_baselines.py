@@ -1,6 +1,7 @@
 """Each baseline: what defines it, by hand or on a known distribution; then runs, end to end, at a size of seconds."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import math
@@ -10,6 +11,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -591,6 +593,12 @@ def test_source_rewards_are_the_source_tasks(dataset):
     np.testing.assert_allclose(common.read_dataset(args, env).filled()["reward"], known, rtol=1e-5)
 
 
+def test_source_rewards_where_an_environment_has_no_time_limit(dataset, tmp_path, monkeypatch):
+    spec = dataclasses.replace(gym.registry["Hopper-v4"], max_episode_steps=None)
+    monkeypatch.setitem(gym.registry, "Hopper-v4", spec)
+    assert run("bc", tmp_path, dataset, "--source-rewards", "--episode-steps", "20", "--online-steps", "0")[0] == 0
+
+
 def test_a_saved_replay_buffer_is_a_dataset(tmp_path):
     code, folder = run("sac", tmp_path, None, "--save-dataset", "--target-steps", "60")
     assert code == 0
@@ -605,6 +613,20 @@ def test_fast_reaches_networks_and_model(method):
     agent = program.make_agent(args, TaskEnv("Hopper-v4"))
     assert agent.dtype == agent.critic.dtype == torch.bfloat16
     assert method in ("sac", "cql") or agent.imagination.model.inference_dtype == torch.bfloat16
+
+
+def test_what_a_resumed_run_may_be_given_anew(dataset, tmp_path):
+    """BC's finished run goes on for fewer steps than its critics would take; a model's learning rate is one, too."""
+    code, folder = run("bc", tmp_path, dataset, "--online-steps", "0", "--critic-steps", "50")
+    assert code == 0
+    more = ["--resume", str(folder), "--online-steps", "20"]
+    assert importlib.import_module("bc").main(more) == 2
+    assert importlib.import_module("bc").main([*more, "--critic-steps", "5"]) == 0
+    assert rows(folder)[-1]["env_steps"] == "20"
+    code, folder = run("mopo", tmp_path, dataset, "--online-steps", "0", name="b")
+    assert code == 0 and importlib.import_module("mopo").main(
+        ["--resume", str(folder), "--online-steps", "20", "--model-lr", "2e-4"]) == 0
+    assert json.loads((folder / "config.json").read_text())["flags"]["model_lr"] == 2e-4
 
 
 def test_what_fast_stands_for(tmp_path, dataset, monkeypatch):

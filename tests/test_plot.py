@@ -594,6 +594,13 @@ def test_one_run_is_not_counted_twice(results, capsys):
     assert_refused(capsys, "two runs are named Hopper-v4__a__0")
 
 
+def test_one_label_for_two_names_is_refused(results, capsys):
+    """Their runs would be drawn as seeds of one."""
+    write_run(results, [100, 200], [1.0, 2.0], name="b")
+    assert draw(results, "--names", "a=A", "b=A") == 2
+    assert_refused(capsys, "a and b", "A")
+
+
 @pytest.mark.parametrize("name", ["Hopper-v4__0", "old", "Hopper-v4__a__0.bak"])
 def test_a_folder_of_another_name_is_named(tmp_path, capsys, name):
     """A backup, say, which else would count as one more seed."""

@@ -219,6 +219,42 @@ def test_a_source_phase_is_waited_for_but_not_the_run_that_leaves_it(stubs, caps
     assert stubs.said("a") == "source" and stubs.said("b") == "ok"
 
 
+def test_only_brings_what_its_runs_need(stubs, tmp_path, capsys):
+    """Also with --again, which would else delete a result, and then miss what it needs."""
+    stubs(a=("source", []), b=("ok", ["a"]), c=("ok", []))
+    assert stubs.run("--jobs", "2", "--only", "t/b") == 0
+    assert stubs.said("b") == "ok" and not (tmp_path / "results" / "t" / "c").exists()
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "results" / "t" / "b" / "progress.csv").write_text("kept")
+    assert stubs.run("--jobs", "2", "--only", "t/b", "--again") == 0
+    assert stubs.said("b") == "ok" and not (tmp_path / "results" / "t" / "c").exists()
+
+
+def test_again_is_for_each_topic_that_is_named(tmp_path, monkeypatch):
+    """"all" does not hold `baselines`."""
+    monkeypatch.setattr(reproduce, "forget", lambda jobs, b: seen.extend(jobs))
+    monkeypatch.setattr(reproduce, "run_all", lambda *_: 0)
+    for topics, wanted in ((["all", "baselines"], {*reproduce.ALL, "baselines"}), (["all"], {*reproduce.ALL}),
+                           (["fig5"], {"fig5"})):
+        seen = []
+        assert reproduce.main([*topics, "--again", "--out", str(tmp_path)]) == 0
+        assert {job.topic for job in seen} == wanted
+
+
+def test_the_bound_of_another_seed_is_another_result(tmp_path):
+    jobs = []
+    for seed in (0, 7):
+        b = SimpleNamespace(**{**vars(budget("quick")), "few": [seed], "many": [seed]})
+        jobs += [job for job in reproduce.bound(b) if job.topic == "bound"]
+    assert len({job.folder for job in jobs}) == len({job.result for job in jobs}) == 2
+    assert all(Path(job.result).parent == Path(job.flags[-1]) for job in jobs)  # --out
+
+
+def test_a_run_a_core_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5}, raising=False)
+    assert reproduce.parse_args(["fig2"]).jobs == 1
+
+
 def test_an_offline_method_learns_from_the_data_in_results(tmp_path, monkeypatch, capsys):
     """So the run that imagined them need not be made again; --again takes them away."""
     monkeypatch.setattr(reproduce, "start", lambda job, b: started.append(reproduce.title(job)))

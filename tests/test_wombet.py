@@ -18,7 +18,7 @@ import harness
 import task_env
 import tasks
 import wombet
-from harness import COLUMNS, Log, load_log_and_generators, log_and_generators, recent_return
+from harness import COLUMNS, Log, load_log_and_generators, log_and_generators, must_match, recent_return
 from replay import ReplayBuffer
 
 TINY = """--source-steps 150 --target-steps 120 --eval-every 60 --eval-episodes 2 --checkpoint-every 50
@@ -160,6 +160,18 @@ def test_a_macs_generator_is_in_the_checkpoint(tmp_path, monkeypatch, there):
     torch.save(log_and_generators(a_run), tmp_path / "state.pt")
     load_log_and_generators(a_run, torch.load(tmp_path / "state.pt", weights_only=True))
     assert len(states) == 1 + there and torch.equal(states[-1], states[0])
+
+
+def test_a_mac_takes_a_checkpoint_from_elsewhere(tmp_path, monkeypatch):
+    """It has no state for the Mac's generator, which then goes on as it is."""
+    a_run, states = SimpleNamespace(log=Log(tmp_path / "progress.csv"), rng=np.random.default_rng(0)), []
+    elsewhere = log_and_generators(a_run)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.mps.get_rng_state", lambda: torch.tensor([3], dtype=torch.uint8))
+    monkeypatch.setattr("torch.mps.set_rng_state", states.append)
+    must_match(elsewhere, log_and_generators(a_run))
+    load_log_and_generators(a_run, elsewhere)
+    assert not states
 
 
 def test_more_source_steps_after_a_stop_in_the_last_one(tmp_path, monkeypatch):
