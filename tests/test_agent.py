@@ -365,3 +365,24 @@ def test_what_an_agent_is_given():
         agent.update(batch)
     with pytest.raises(ValueError, match="actor_q 'Min'.*min, mean"):
         SAC(3, 1, actor_q="Min")
+
+
+def test_the_target_networks_start_as_the_critics():
+    sac = SAC(3, 2, n_critics=3, hidden=(8,))
+    assert all(map(torch.equal, sac.target_critic.parameters(), sac.critic.parameters()))
+
+
+def test_the_actor_learns_from_the_last_slices_states(monkeypatch):
+    sac, batch, seen = SAC(3, 2, hidden=(8,)), make_batch(3, 5), []
+    monkeypatch.setattr(sac, "update_actor", lambda obs: seen.append(obs) or {})
+    sac.update(batch)
+    obs, = seen
+    assert torch.equal(obs, batch["obs"][-1])
+
+
+def test_the_planners_value_is_of_the_averaged_policy():
+    sac, obs = SAC(3, 2, hidden=(16,), actor_average=0.1, lr=0.1), torch.randn(7, 3)
+    sac.update(make_batch(1, 16))
+    average, present = (actor(obs)[0].tanh() for actor in (sac.average_actor, sac.actor))
+    torch.testing.assert_close(sac.value(obs), sac.target_critic(obs, average).mean(0))
+    assert (present - average).abs().max() > 0.01

@@ -199,7 +199,9 @@ def test_a_run_takes_no_flag_that_its_state_depends_on(runs, contents, capsys, t
 
 
 OF_ANOTHER_SOURCE = """--env Hopper-v5|--seed 7|--discount 0.9|--model-epochs 9|--hidden 16|--members 3|--source stand|
-                       --source-speed-cap 2|--source-steps 70|--random-steps 19|--snapshot-window 0"""
+                       --source-speed-cap 2|--source-steps 70|--random-steps 19|--snapshot-window 0|
+                       --episode-steps 9|--init-temperature 0.5|--source-ctrl-cost-factor 2|
+                       --source-reset-noise-factor 3"""
 
 
 @pytest.mark.parametrize("flag", [f.strip() for f in OF_ANOTHER_SOURCE.split("|")])
@@ -519,6 +521,16 @@ LAYOUT = {"obs": (1,), "action": (1,), "reward": (), "next_obs": (1,), "terminat
 def loaded(tmp_path, data):
     np.savez(tmp_path / "d.npz", **data)
     return load_dataset(tmp_path / "d.npz", **LAYOUT).filled()
+
+
+def test_a_coordinate_that_never_changes_leaves_no_row_out(tmp_path, capsys):
+    """As Pusher's goal: one coordinate that is the same in the next row does not make the row the next."""
+    data = episodes(4, 9, 11)
+    for key in ("observations", "next_observations"):
+        data[key] = np.concatenate([data[key], np.full((12, 1), 7.0, dtype=np.float32)], 1)
+    np.savez(tmp_path / "d.npz", **data)
+    assert load_dataset(tmp_path / "d.npz", **{**LAYOUT, "obs": (2,), "next_obs": (2,)}).size == 12
+    assert capsys.readouterr().out == ""
 
 
 def test_a_whole_file_is_taken_whole(tmp_path, capsys):

@@ -127,3 +127,9 @@ def test_unknown_mode(call):
     """A misspelt mode would pass every trajectory."""
     with pytest.raises(ValueError, match="mode 'Dual'.*dual, return, uncertainty, none"):
         call(torch.ones(3), torch.ones(3), 0.0, 50.0, mode="Dual")
+
+
+def test_a_threshold_of_zero_is_a_threshold():
+    returns, mean_u = torch.arange(1.0, 21.0), torch.arange(1.0, 21.0) / 10
+    assert thresholds(returns, mean_u, 50, 50, return_threshold=0.0)[0] == 0.0
+    assert thresholds(returns, mean_u, 50, 50, u_threshold=0.0)[1] == 0.0

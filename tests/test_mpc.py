@@ -316,3 +316,13 @@ def test_particles_average_over_the_members_futures(policy):
 def test_sizes_that_cannot_be(sizes):
     with pytest.raises(ValueError, match="elites.*population.*execute_steps.*horizon.*iterations"):
         MPC(None, None, None, 1, **sizes)
+
+
+def test_with_particles_the_policy_acts_in_the_first_ones_state():
+    """Members s + a and s - 2a, a = s / 2: from 1 the first is at 1.5, where the policy acts by .75."""
+    def model(obs, action):
+        sign = torch.where(torch.arange(len(obs)) % 2 == 0, 1.0, -2.0)[:, None]
+        return obs + sign * action, obs, ZERO(obs)
+
+    planner = MPC(model, lambda o, a, n, f: n[:, 0], NEVER, 1, horizon=2, particles=2, policy=lambda obs: obs / 2)
+    assert planner.rollout(torch.tensor([[1.0], [2.0]]))[0].flatten(1).tolist() == [[0.5, 0.75], [1.0, 1.5]]

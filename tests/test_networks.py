@@ -110,3 +110,10 @@ def test_actor_log_density():
     action, log_prob = far.sample(torch.randn(500, 4))
     log_prob.sum().backward()
     assert log_prob.isfinite().all() and all(p.grad.isfinite().all() for p in far.parameters())
+
+
+def test_critics_start_as_linear_layers_do():
+    critic = CriticEnsemble(4, 60, 4, (16, 400))
+    for weight, bias in zip(critic.weights, critic.biases):
+        bound = weight.shape[1] ** -0.5
+        assert 0.9 * bound < weight.abs().max() <= bound and bias.abs().max() <= bound

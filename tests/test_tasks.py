@@ -431,3 +431,28 @@ def test_the_docstrings_own_environment(monkeypatch):
             ended = True
             break
     assert ended and TaskEnv("InvertedPendulum-v5", "near").task.place_cost == 0.1
+
+
+@pytest.mark.parametrize("env_id, source", [("Hopper-v4", "stand"), ("Pusher-v5", "near"), ("Reacher-v5", "near")])
+def test_a_source_heeds_its_control_cost(env_id, source):
+    def cost(factor):
+        task, obs, action = TaskEnv(env_id, source, ctrl_cost_factor=factor).task, torch.zeros(1, 30), torch.ones(1, 3)
+        pay = lambda action: task.reward(obs, action, obs, torch.zeros(1, 1)).item()
+        return pay(0 * action) - pay(action)
+
+    assert cost(3.0) == pytest.approx(3 * cost(1.0), rel=1e-4) and cost(1.0) > 0
+
+
+def test_a_source_heeds_its_goal_shift():
+    """Tip, object and goal seen at the same place: what is left is the shift."""
+    for env_id in ("Pusher-v5", "Reacher-v5"):
+        task, obs = TaskEnv(env_id, "near", goal_shift=0.4).task, torch.zeros(1, 10 if "Reacher" in env_id else 23)
+        assert task.reward(obs, torch.zeros(1, 2), obs, obs[:, :0]).item() == pytest.approx(-0.4)
+
+
+def test_a_source_heeds_its_reset_noise():
+    env = TaskEnv("Hopper-v4", "near", reset_noise_factor=20.0)
+    assert 0.06 < np.abs([env.reset()[1:5] for _ in range(40)]).max() <= 0.1  # 20 x .005
+    env = TaskEnv("Pusher-v5", "near", reset_noise_factor=6.0)
+    rest = TaskEnv("Pusher-v5").reset()[:7]
+    assert 0.2 < np.abs([env.reset()[:7] - rest for _ in range(20)]).max() <= 0.3 + 1e-6

@@ -336,3 +336,51 @@ def test_state_dict_is_the_whole_model(fitted):
             assert torch.equal(x, y)
     keys = {"input_mean", "input_std", "target_mean", "target_std", "obs_low", "obs_high"}
     assert keys <= set(state) and all(state[key].isfinite().all() and state[key].ne(0).all() for key in keys)
+
+
+def test_normalised_by_the_training_rows_of_the_last_fit():
+    model = small(members=2)
+    for shift in (0.0, 3.0):  # a refit on other data measures anew
+        obs, action, next_obs, features = linear_data(100)[0]
+        held_out = torch.arange(100) % 4 == 0
+        obs, next_obs = obs + shift, next_obs + 2 * shift
+        obs[held_out] += 50.0
+        model.fit(obs, action, next_obs, features, held_out=held_out, max_epochs=1)
+        inputs, targets = torch.cat([obs, action], -1)[~held_out], torch.cat([next_obs - obs, features], -1)[~held_out]
+        for name, rows in (("input", inputs), ("target", targets)):
+            torch.testing.assert_close(getattr(model, f"{name}_mean"), rows.mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(getattr(model, f"{name}_std"), rows.std(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_by_hand():
+    """The members' likelihoods, summed, and what pulls the bounds of the log variance (.5 and -10) together."""
+    model, inputs, targets = small(), torch.randn(5, 7, 3), torch.randn(5, 7, 3)
+    mean, logvar = model(inputs)
+    nll = ((mean - targets).square() / logvar.exp() + logvar).mean((1, 2)).sum()
+    torch.testing.assert_close(model.gradients(inputs, targets)[0], nll.detach() + 0.01 * 3 * (0.5 + 10.0))
+
+
+def test_the_order_of_the_rows_changes_every_epoch():
+    data, model, batches = linear_data(200)[0], small(members=2), []
+    model.register_forward_pre_hook(lambda _, args: batches.append(args[0]) if args[0].dim() == 3 else None)
+    model.fit(*data, max_epochs=2, batch_size=60)
+    assert len(batches) == 6 and not torch.equal(torch.cat(batches[:3], 1), torch.cat(batches[3:], 1))
+
+
+def test_the_holdout_mse_is_of_the_members_mean():
+    data, model = linear_data(400)[0], small()
+    result = model.fit(*data, max_epochs=1)
+    held = [column[::10] for column in data]
+    gap = (model.predict(*held[:2])[0].mean(0) - torch.cat(held[2:], -1)) / model.target_std
+    assert result["holdout_mse"] == pytest.approx(gap.square().mean().item(), rel=1e-4)
+
+
+def test_a_refit_measures_the_scale_of_u_anew():
+    data, model = linear_data(300)[0], small()
+    model.fit(*data, max_epochs=2)
+    result = model.fit(*data, max_epochs=1)
+    scale = model.scale.clone()
+    model.calibrate(*data)
+    torch.testing.assert_close(model.scale, scale)
+    rows = model._split(data[0], None)[-1]
+    torch.testing.assert_close(result["holdout_u"], model.uncertainty(data[0][rows], data[1][rows]))
