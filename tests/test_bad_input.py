@@ -974,3 +974,23 @@ def test_recent_return_without_float64_on_the_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", to_cpu)
     monkeypatch.setattr(torch.Tensor, "double", cast)
     assert recent_return(buffer, 3) == 3.0
+
+
+def test_the_memory_of_a_buffer_in_bytes(monkeypatch):
+    """Of four bytes a number; PPO's buffer is a batch, however long it runs."""
+    env = SimpleNamespace(obs_dim=3, action_dim=1, shapes={"obs": (3,), "reward": ()})
+    flags = {"device": "cpu", "eval_episodes": 0, "target_steps": 1000}
+    for more, steps in (({}, 1000), ({"rollout_steps": 10}, 10)):
+        args = SimpleNamespace(**flags, **more)
+        monkeypatch.setattr(harness, "memory_of", lambda device: 16 * steps)
+        harness.require_memory(args, env)
+        monkeypatch.setattr(harness, "memory_of", lambda device: 16 * steps - 1)
+        with pytest.raises(ValueError, match="rollout-steps" if more else "target-steps"):
+            harness.require_memory(args, env)
+
+
+def test_a_container_may_have_less_memory(monkeypatch):
+    whole = harness.memory_of("cpu")
+    for text, expected in (("4096\n", 4096), (str(10**18), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))):
+        monkeypatch.setattr(Path, "read_text", lambda path: text)
+        assert harness.memory_of("cpu") == expected >= 4096 <= whole

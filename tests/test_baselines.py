@@ -10,13 +10,16 @@ import shlex
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import common  # baselines/ is on the path (pytest.ini)
+import harness
 import plot
 from awac import AWAC, weights
 from bc import BC
@@ -498,6 +501,8 @@ def test_a_run_leaves_what_wombet_leaves_and_plays(whole, method, capsys):
     marks = [(r["phase"], r["env_steps"]) for r in table]
     if method in ONLINE:
         assert marks == [("target", "40"), ("target", "80"), ("target", "100")]
+        # one a step after 30 random ones
+        assert method == "ppo" or [r["updates"] for r in table] == ["10", "50", "70"]
     else:
         assert marks == [("offline", "0"), ("offline", "0"), ("target", "0"), ("target", "40"), ("target", "50")]
         assert [r["updates"] for r in table] == ["40", "60", "60", "100", "110"]
@@ -774,3 +779,246 @@ def test_each_command_of_the_readme_is_understood(program, flags):
 def test_the_readme_names_each_method():
     files = {path.name for path in Path(common.__file__).parent.glob("*.py")} - {"common.py"}
     assert files == set(re.findall(r"^\| `(\w+\.py)` \|", README.split("## Run")[0], re.M))
+
+
+def test_each_group_of_an_optimiser_keeps_its_own_rate():
+    old, new = (DelayedSAC(2, 1, actor_lr=rate, critic_lr=9 * rate, hidden=(8,)) for rate in (1e-3, 1e-4))
+    harness.load_agent(new, old.state_dict())
+    assert [group["lr"] for group in new.actor_optimizer.param_groups] == pytest.approx([1e-4, 9e-4])
+
+
+@pytest.mark.parametrize("name", ["source_steps", "target_steps", "pretrain_updates", "offline_updates",
+                                  "online_steps"])
+def test_steps_and_updates_of_every_phase_count_for_compiling(monkeypatch, name):
+    monkeypatch.setattr("shutil.which", lambda program: "/usr/bin/c++")
+    for steps, pays in ((9_999, False), (10_000, True)):
+        args = SimpleNamespace(fast="auto", device="cpu", **{name: steps})
+        assert harness.speed_settings(args, True)["compile"] == pays
+
+
+def test_targets_follow_at_their_rate():
+    target, network = nn.Linear(1, 1), nn.Linear(1, 1)
+    for layer, value in ((target, 1.0), (network, 2.0)):
+        nn.init.constant_(layer.weight, value)
+    common.follow(target, network, 0.1)
+    assert target.weight.item() == pytest.approx(1.1) and network.weight.item() == 2.0
+
+
+def test_what_is_logged_of_the_critics():
+    critic = nn.Linear(1, 2)
+    agent = SimpleNamespace(critic=lambda obs, action: critic(obs).T,
+                            critic_optimizer=common.adam(critic.parameters(), 1))
+    nn.init.zeros_(critic.weight), nn.init.zeros_(critic.bias)
+    y = torch.tensor([3.0, -1.0])
+    info = common.update_critics(agent, {"obs": torch.ones(2, 1), "action": None}, y)
+    assert {key: value.item() for key, value in info.items()} == {"critic_loss": 5.0, "q_mean": 0.0, "td_error": 2.0}
+
+
+def test_noisy_actions_stay_in_the_box():
+    policy, td3, obs = common.GaussianPolicy(2, 1, (8,)), TD3(2, 1, hidden=(8,), exploration=5.0), torch.zeros(200, 2)
+    assert policy.act(obs).abs().max() == td3.act(obs).abs().max() == 1
+
+
+def test_each_seed_begins_in_a_state_of_its_own(tmp_path):
+    import sac
+    first = []
+    for seed in ("0", "1", "1"):
+        args = sac.build_parser().parse_args(["--env", "Hopper-v4", "--seed", seed, "--device", "cpu", "--hidden", "8",
+                                              "--target-steps", "9", "--eval-episodes", "1"])
+        args.speed = {"compile": False, "dtype": "float32"}
+        first.append(common.build(args, tmp_path, sac.make_agent, "sac").env.reset().tolist())
+    assert first[0] != first[1] == first[2]
+
+
+GIVEN = {"sac": "discount .9,polyak .1,init_temperature .5,target_entropy -7,batch_size 9,policy_delay 3",
+         "td3": "discount .9,polyak .1,lr .01,batch_size 9,exploration .3,target_noise .4,noise_clip .7,policy_delay 3",
+         "ppo": "discount .9,gae_lambda .8,clip .3,entropy_coef .01,value_coef .7,max_grad_norm .2,epochs 3,"
+                "minibatches 5",
+         "iql": "discount .9,polyak .1,lr .01,batch_size 9,expectile .6,beta 2",
+         "awac": "discount .9,polyak .1,lr .01,batch_size 9,awac_lambda .3",
+         "bc": "discount .9,polyak .1,lr .01,batch_size 9,exploration .3,noise_clip .7,critic_steps 4",
+         "cql": "discount .9,polyak .1,init_temperature .5,target_entropy -7,batch_size 9,cql_alpha 3",
+         "mopo": "discount .9,polyak .1,init_temperature .5,target_entropy -7,batch_size 9",
+         "combo": "discount .9,polyak .1,init_temperature .5,target_entropy -7,batch_size 9,cql_alpha 3"}
+
+
+@pytest.mark.parametrize("method", GIVEN)
+def test_each_flag_reaches_its_agent(method):
+    program, flags = importlib.import_module(method), [item.split() for item in GIVEN[method].split(",")]
+    args = program.build_parser().parse_args(
+        ["--device", "cpu", "--hidden", "8", "--layers", "3",
+         *[f"--{name.replace('_', '-')}={value}" for name, value in flags],
+         *(["--model-lr=0.02", "--model-batch-size=7"] if method in ("mopo", "combo") else [])])
+    args.speed = {"compile": False, "dtype": "float32"}
+    agent = program.make_agent(args, TaskEnv("Hopper-v4"))
+    held = {**vars(agent), "init_temperature": agent.log_temperature.exp().item()} if hasattr(
+        agent, "log_temperature") else {**vars(agent), "lr": vars(agent).get("lr", args.lr)}
+    assert {name: held[name] for name, _ in flags} == pytest.approx({name: float(value) for name, value in flags})
+    widths = [p.shape[0] for name, p in agent.actor.named_parameters() if name.endswith("weight")]
+    assert widths.count(8) == 3  # hidden layers
+    if method in ("cql", "mopo", "combo"):  # the temperature learns at the actor's rate, the critics at theirs
+        assert [group["lr"] for group in agent.actor_optimizer.param_groups] == [args.actor_lr, args.actor_lr]
+    if method in ("mopo", "combo"):
+        assert agent.imagination.fit_kwargs == {"lr": 0.02, "batch_size": 7, "max_epochs": 300}
+
+
+def test_sacs_temperature_learns_at_the_critics_rate_where_none_is_given():
+    for given, rate in ((None, 1e-3), (1e-5, 1e-5)):
+        agent = DelayedSAC(2, 1, actor_lr=1e-4, critic_lr=1e-3, temperature_lr=given, hidden=(8,))
+        assert [group["lr"] for group in agent.actor_optimizer.param_groups] == [1e-4, rate]
+
+
+def at(critic, *values):
+    """Critics that say these values, whatever they see."""
+    with torch.no_grad():
+        critic.weights[-1].zero_()
+        critic.biases[-1].copy_(torch.tensor(values).view(-1, 1, 1))
+
+
+@pytest.mark.parametrize("method", [IQL, AWAC])
+@pytest.mark.parametrize("terminated", [0.0, 1.0])
+def test_nothing_is_worth_anything_after_a_fall(method, terminated):
+    """The next state's value is 100: of 99 in the target where the episode goes on, and of nothing where it ended."""
+    agent, buffer = method(2, 1, hidden=(8,), batch_size=16, lr=1e-9), filled(terminated=torch.full((256,), terminated))
+    at(agent.critic, 0.0, 0.0)
+    at(agent.target_critic, 100.0, 150.0)  # the smaller one counts
+    if method is IQL:
+        nn.init.zeros_(agent.value[-2].weight), nn.init.constant_(agent.value[-2].bias, 100.0)
+    assert agent.learn(buffer)["td_error"].item() == pytest.approx(0.0 if terminated else 99.0, abs=1e-3)
+
+
+def test_iql_by_hand():
+    """The smaller of the target critics' values, against V: expectile regression, and weights that are cut at 100."""
+    agent, buffer = IQL(2, 1, hidden=(8,), batch_size=256, expectile=0.7, beta=3.0, lr=1e-9), filled()
+    for key in ("obs", "action"):
+        buffer.data[key].copy_(buffer.data[key][:1].clone())
+    at(agent.critic, 0.0, 0.0)
+    at(agent.target_critic, 4.0, 9.0)
+    nn.init.zeros_(agent.value[-2].weight), nn.init.zeros_(agent.value[-2].bias)
+    log_prob = agent.actor.log_prob(buffer.data["obs"][:1], buffer.data["action"][:1]).item()
+    info = agent.learn(buffer)
+    assert info["value_loss"].item() == pytest.approx(0.7 * 16, rel=1e-4)
+    assert info["actor_loss"].item() == pytest.approx(-100 * log_prob, rel=1e-4)  # exp(3 x 4) is more
+
+
+def test_iqls_actor_rate_is_a_cosine_offline_and_constant_online():
+    agent, buffer = IQL(2, 1, hidden=(8,), batch_size=16, lr=1e-3, steps=4), filled()
+    for known in (1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0.0):
+        agent.learn(buffer)
+        assert agent.actor_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * known, abs=1e-12)
+    agent.start_online()
+    agent.learn(buffer)
+    assert agent.actor_optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_awac_draws_its_actions_and_asks_the_target_critics():
+    agent, buffer, seen = AWAC(2, 1, hidden=(8,), batch_size=16, lr=1e-9), filled(terminated=torch.zeros(256)), []
+    act = agent.act
+    agent.act = lambda obs, deterministic=False: seen.append(deterministic) or act(obs, deterministic)
+    at(agent.critic, 7.0, 7.0)
+    at(agent.target_critic, 0.0, 0.0)
+    assert agent.learn(buffer)["td_error"].item() == pytest.approx(7.0, abs=1e-3) and seen == [False, False]
+
+
+def test_td3_climbs_the_first_critic():
+    class Critics(nn.Module):
+        def forward(self, obs, action):
+            return torch.stack([action[:, 0], -action[:, 0]])
+
+    agent = TD3(2, 1, hidden=(8,), lr=1e-2)
+    agent.critic = Critics()
+    for _ in range(100):
+        agent.update_actor(torch.randn(32, 2))
+    assert agent.act(torch.randn(50, 2), deterministic=True).min() > 0.8
+
+
+def minibatch(agent, n=16):
+    obs, action = torch.randn(n, 2), torch.randn(n, 1)
+    with torch.no_grad():
+        old = common.log_normal(action, agent.actor(obs), agent.actor.log_std)
+        value = agent.value(obs).squeeze(-1)
+    return obs, action, old, value
+
+
+def test_ppo_centres_and_scales_the_advantages_of_a_minibatch():
+    """At the old policy the ratio is 1 and the actor's loss minus their mean: 0, whatever they are."""
+    agent = PPO(2, 1, steps=10)
+    obs, action, old, value = minibatch(agent)
+    info = agent.update(obs, action, old, 5 + 3 * torch.randn(16), value, value)
+    assert info["actor_loss"].item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_ppos_entropy_bonus_widens_the_policy():
+    agent = PPO(2, 1, steps=10, entropy_coef=1.0)
+    obs, action, old, value = minibatch(agent)
+    for _ in range(5):
+        agent.update(obs, action, old, torch.ones(16), value, value)  # no action is better than another
+    assert agent.actor.log_std.item() > 1e-3
+
+
+def test_ppo_clips_about_the_old_value():
+    agent = PPO(2, 1, steps=10, clip=0.2)
+    obs, action, old, value = minibatch(agent)
+    old_value, returns = value - torch.tensor([0.0, 1.0]).repeat(8), value + 3
+    known = clipped_value_loss(value, old_value, returns, 0.2).item()
+    info = agent.update(obs, action, old, torch.randn(16), returns, old_value)
+    assert info["critic_loss"].item() == pytest.approx(known)
+
+
+def test_ppo_cuts_a_long_gradient():
+    agent = PPO(2, 1, steps=10, max_grad_norm=0.3)
+    obs, action, old, value = minibatch(agent)
+    agent.update(obs, action, old, torch.randn(16), value + 100, value)
+    assert torch.stack([p.grad.norm() for p in agent.parameters]).norm().item() == pytest.approx(0.3, rel=1e-3)
+
+
+def test_ppo_values_the_next_observation_normalised():
+    """Nothing moves and nothing is paid: with gamma = 1 each advantage is 0."""
+    agent, buffer = PPO(2, 1, steps=16, rollout_steps=16, minibatches=1, epochs=1, discount=1.0), filled(16)
+    agent.obs_moments.update(5 * torch.randn(100, 2) + 3)
+    agent.set_scale()
+    buffer.data["next_obs"].copy_(buffer.data["obs"])
+    buffer.data["terminated"].zero_()
+    assert agent.learn(buffer)["td_error"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_ppos_advantages_end_with_a_time_limit_too():
+    """Each step is an episode's last: what it is worth is r + gamma V(s'), and nothing of the next episode's."""
+    agent, buffer = PPO(2, 1, steps=16, rollout_steps=16, minibatches=1, epochs=1, discount=0.9,
+                        normalise_rewards=False), filled(16, reward=torch.randn(16), terminated=torch.zeros(16),
+                                                         timeout=torch.ones(16))
+    with torch.no_grad():
+        value, next_value = (agent.value(agent.normalise(buffer.data[key])).squeeze(-1) for key in ("obs", "next_obs"))
+    known = (buffer.data["reward"] + 0.9 * next_value - value).abs().mean().item()
+    assert agent.learn(buffer)["td_error"].item() == pytest.approx(known, rel=1e-4)
+
+
+def test_an_imagined_step_is_drawn_from_its_member(monkeypatch):
+    """Its mean and its standard deviation, of the next observation and of the reward."""
+    model = constant_model([[0.1, 1.0]] * 2)
+    mean, std = torch.tensor([1.0, 3.0]), torch.tensor([0.2, 0.5])
+    monkeypatch.setattr(model, "predict", lambda obs, action: tuple(x.expand(2, len(obs), 2) for x in (mean, std)))
+    model.obs_low.fill_(-9.0), model.obs_high.fill_(9.0)
+    imagination, zeros = Imagination(model, lambda obs: obs[:, 0] > 99, **SHORT), torch.zeros(9000, 1)
+    next_obs, reward, _ = imagination.step(zeros, zeros)
+    assert [next_obs.mean(), reward.mean()] == pytest.approx([1.0, 3.0], abs=0.03)
+    assert [next_obs.std(), reward.std()] == pytest.approx([0.2, 0.5], rel=0.05)
+
+
+def test_rollouts_come_every_so_many_updates_and_stay_for_as_many_times():
+    """64 rollouts of 3 steps, every 10 updates; the last two times' are kept."""
+    imagination = Imagination(constant_model([[0.1, 1.0]] * 2), lambda obs: obs[:, 0] > 99, **SHORT)
+    made = []
+    for updates in range(31):
+        imagination.batch(filled(obs_dim=1), lambda obs: made.append(updates) or torch.zeros(len(obs), 1), updates, 8)
+    assert made == [n for n in (0, 10, 20, 30) for _ in range(3)]
+    assert imagination.buffer.size == imagination.buffer.capacity == 64 * 3 * 2
+
+
+def test_mopo_rolls_out_the_policy_that_draws():
+    imagination = Imagination(constant_model([[0.1, 1.0]] * 2), lambda obs: obs[:, 0] > 99, **SHORT)
+    agent, seen = MOPO(1, 1, imagination=imagination, **SMALL), []
+    act = agent.act
+    agent.act = lambda obs, deterministic=False: seen.append(deterministic) or act(obs, deterministic)
+    agent.learn(filled(obs_dim=1))
+    assert seen == [False] * 3

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,3 +124,54 @@ def test_its_report_on_a_run_and_bad_input(tmp_path, capsys):
     (folder / "source.pt").unlink()
     assert bound.main([str(folder), *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_table_by_hand():
+    """Of 20 plans the model's return is above the real one by 0, 1, ... 19, at a sum of u of 1."""
+    table = [("r", "plan", 0, 0.75, 0.25, 10.0 + i, 10.0, 1.0) for i in range(20)] + [
+        ("r", "uniform", 0, 1.0, 0.5, 1.0, 3.0, 1.0)]
+    head, plans, uniform = bound.summary(table, (0, 9, 4.5))
+    assert head[3:] == ("holds at 0", "holds at 9", "holds at 4.5", "lambda for 95%", "mean J_model - J_P", "u covers",
+                        "unscaled u")
+    assert plans == ("r", "plan", "20", "0.05", "0.50", "0.25", f"{0.95 * 19:.1f}", "9.500", "0.75", "0.25")
+    assert uniform == ("r", "uniform", "1", "1.00", "1.00", "1.00", "0.0", "-2.000", "1.00", "0.50")
+
+
+def test_no_sequence_is_tried_after_a_fall(monkeypatch):
+    """Of two episodes one falls in its second step, the other never."""
+    class Task:
+        reward = staticmethod(lambda obs, action, next_obs, features: next_obs[..., 0])
+        terminated = staticmethod(lambda next_obs: next_obs[..., 0] > 1.5)
+
+    class Env:
+        task, max_steps, action_dim, FALLS = Task, 6, 1, {0: 1.0, 1: 0.1}
+
+        def __init__(self, seed=0):
+            self.by, self.obs = self.FALLS[seed], None
+
+        def reset(self):
+            self.obs = np.zeros(1, dtype=np.float32)
+            return self.obs
+
+        state_dict = lambda self: (self.by, self.obs)
+
+        def load_state_dict(self, state):
+            self.by, self.obs = state
+
+        def step(self, action):
+            self.obs = self.obs + np.float32(self.by)
+            return self.obs, 1.0, bool(self.obs[0] > 1.5), False, np.zeros(0, dtype=np.float32)
+
+    def lockstep(envs, uncertainty):
+        return lambda obs, action: [torch.as_tensor(np.stack([env.step(None)[0] for env in envs]))]
+
+    planner = SimpleNamespace(act=lambda obs: torch.zeros(2, 1), plan=lambda obs: [torch.zeros(2, 2, 1)], policy=None)
+    model = SimpleNamespace(step=None, scale=torch.tensor(1.0), uncertainty=lambda obs, action: torch.zeros(len(obs)),
+                            error=lambda *args: torch.zeros(len(args[0])))
+    monkeypatch.setattr(bound, "lockstep", lockstep)
+    monkeypatch.setattr(bound.wombet, "planner", lambda run: planner)
+    monkeypatch.setattr(bound, "model_returns", lambda step, task, obs, actions: (torch.zeros(2), torch.ones(2)))
+    run = SimpleNamespace(args=SimpleNamespace(horizon=2), source=SimpleNamespace(env=Env(), make_env=Env), model=model)
+    rows = bound.check(run, episodes=2, length=6, every=2)
+    assert [row[1] for row in rows if row[0] == "plan"] == [0, 0, 2, 4]  # both, then the one that stands
+    assert [row[1] for row in rows if row[0] == "uniform"] == [0, 0, 2, 4]

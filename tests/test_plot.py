@@ -642,3 +642,65 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path, capsys):
     assert draw(tmp_path / "typo") == 2
     assert_refused(capsys, "no runs found", "typo")
     assert not (tmp_path / "typo").exists()
+
+
+def test_an_interval_needs_two_seeds_of_every_group():
+    """Nor is a spread known where the rival alone has one seed."""
+    assert np.isnan(plot.interval(plot.improvement, [column(1, 2, 3)], [column(2)])).all()
+    assert np.isnan(plot.interval(plot.improvement, [column(2)], [column(1, 2, 3)])).all()
+
+
+def test_steps_to_reach_are_of_the_mean_not_of_the_iqm():
+    assert plot.steps_to_reach(np.array([10.0]), [column(0, 0, 0, 8)], [column(1, 1)]) == 10  # mean 2, iqm 0
+
+
+def test_a_summary_counts_the_fewest_seeds_and_compares_within_a_topic(tmp_path):
+    for env, seeds in (("HalfCheetah-v4", 3), ("Hopper-v4", 2)):
+        for seed in range(seeds):
+            write_run(tmp_path / "fig2", [0, 5000], [1, 9], env, "wombet", seed)
+    write_run(tmp_path / "fig2", [0, 5000], [1, 2], name="sac")
+    write_run(tmp_path / "own", [0, 5000], [1, 3], name="wombet")  # of this topic, which is below iql
+    write_run(tmp_path / "own", [0, 5000], [1, 5], name="iql")
+    assert draw(tmp_path, "--kind", "summary") == 0
+    found = {tuple(row[:6]): row[6:] for row in read_table(tmp_path / "summary.csv")}
+    both = found["fig2", "target", "HalfCheetah-v4+Hopper-v4", "wombet", "normalised by td3-1m", "5000"]
+    ours, own = (found[topic, "target", "Hopper-v4", "wombet", f"probability of improvement on {rival}@5000", "5000"]
+                 for topic, rival in (("fig2", "sac"), ("own", "iql")))
+    assert both[-1] == "2" and ours[0] == "1" and ours[-1] == "1" and own[0] == "0"
+
+
+def test_a_bad_line_before_a_half_written_one_is_refused(tmp_path, capsys):
+    path = write_run(tmp_path, [0], [1]) / "progress.csv"
+    path.write_text(path.read_text() + "target,10,x\ntarget,2")
+    assert draw(tmp_path) == 2
+    assert_refused(capsys, "malformed CSV", "line 3")
+
+
+def test_a_table_that_begins_with_a_byte_order_mark(tmp_path):
+    """As spreadsheets save one."""
+    path = tmp_path / "published.csv"
+    path.write_text("method,seeds\nsac,5\n", encoding="utf-8-sig")
+    assert plot.read_columns(path, ("method",), ("method",))["method"].tolist() == ["sac"]
+
+
+def test_medians_are_of_twenty_bins_at_most():
+    x = np.arange(1000.0)
+    assert len(plot.binned_median(x, x)[0]) == 20
+
+
+def test_the_correlation_is_over_all_points_that_are_finite(tmp_path):
+    """Also over those that log axes cannot show; not over one without an error."""
+    u, error = np.linspace(0.1, 1, 50), np.linspace(0.1, 1, 50) ** 2
+    u, error = np.r_[u, np.zeros(50), 5], np.r_[error, np.linspace(1, 2, 50), np.nan]
+    path = tmp_path / "Hopper-v4__a__0"
+    path.mkdir()
+    np.savetxt(path / "model_error.csv", np.stack([u, error], 1), delimiter=",", header="u,error", comments="")
+    ax = plot.plot_model_error(plot.build_parser().parse_args([str(tmp_path)]))[0].axes[0]
+    assert f"= {plot.spearman(u[:-1], error[:-1]):.2f}, n = 100" in ax.get_title()
+
+
+def test_a_note_on_the_shortest_of_all_tasks(tmp_path, capsys):
+    for env, marks in (("HalfCheetah-v4", [0, 2500]), ("Hopper-v4", [0, 2500, 5000])):
+        write_run(tmp_path, marks, marks, env)
+    plot.collect(plot.find_runs([tmp_path], "progress.csv"), ["normalised"], "target", "td3-1m")
+    assert "HalfCheetah-v4+Hopper-v4 a ends at 2500 of 5000 steps" in capsys.readouterr().err

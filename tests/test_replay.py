@@ -19,7 +19,8 @@ def marked(capacity, *values):
     return buffer
 
 
-@pytest.mark.parametrize("alpha, n_offline", [(0.0, 0), (0.3, 3), (0.5, 5), (0.999, 10), (1.0, 10)])
+@pytest.mark.parametrize("alpha, n_offline", [(0.0, 0), (0.01, 0), (0.3, 3), (0.34, 3), (0.36, 4), (0.5, 5),
+                                              (0.999, 10), (1.0, 10)])
 def test_mixed_batch_holds_the_share_in_every_slice(alpha, n_offline):
     prior, online = marked(20, *range(1, 16)), marked(20, *range(101, 116))
     batch, found = mixed_batch(prior, online, alpha, 10, 50)
@@ -135,3 +136,14 @@ def test_the_docstrings_own_example():
     exec(textwrap.dedent(example), names)
     assert names["offline"].size > 0 and 0 < names["n_offline"] < 128
     assert all(value.isfinite() for value in names["info"].values())
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_share_goes_on_from_its_state(signed):
+    mixes = [AdaptiveMix(gain=1.0, alpha_min=0.0, alpha_max=9.0, ema=0.25, signed=signed) for _ in range(2)]
+    for value in (1.0, 5.0):
+        mixes[0].update({"td_error": value, "signed_td_error": value})
+    mixes[1].load_state_dict(mixes[0].state_dict())
+    for mix in mixes:
+        mix.update({"td_error": 2.0, "signed_td_error": 2.0})
+    assert mixes[0].td_error == mixes[1].td_error == pytest.approx(0.75 * (5 if signed else 2) + 0.25 * 2)

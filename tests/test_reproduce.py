@@ -539,3 +539,80 @@ def test_a_real_slurm(slurm, tmp_path):
     assert len(logs) == 2 and said.count("done: ") == 2, said  # a log per task
     for folder in ("fig2/Hopper-v4__wombet__0", "control/Hopper-v4__control__0"):
         assert (out / "results" / folder / "progress.csv").exists(), said
+
+
+def test_flags_of_imagination_matter_where_the_share_is_fixed_above_0(tmp_path):
+    for alpha, found in (("0.5", ["--imagine-every 7"]), ("0", [])):
+        flags = ("--env", "Hopper-v4", "--alpha-rule", "fixed", "--alpha", alpha)
+        then = {**vars(wombet.build_parser().parse_args(list(flags))), "imagine_every": 7}
+        (tmp_path / "config.json").write_text(json.dumps({"flags": then}))
+        job = reproduce.Job("t", "Hopper-v4__a__0", "wombet.py", flags, "none", (), None)
+        assert reproduce.other_flags(job, tmp_path) == found
+
+
+def test_what_a_run_needs_needs_others_and_comes_first(tmp_path):
+    b = SimpleNamespace(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"))
+    needs = {"a": (), "b": (f"{b.runs}/t/a/source.pt",), "c": (f"{b.runs}/t/b/done",), "d": ()}
+    whole = [reproduce.Job("t", name, "x", (), f"{b.results}/t/{name}/progress.csv", need, None)
+             for name, need in needs.items()]
+    for name in "ab":  # as in a fresh clone
+        (tmp_path / "results" / "t" / name).mkdir(parents=True)
+        (tmp_path / "results" / "t" / name / "progress.csv").touch()
+    assert reproduce.to_do(whole[2:3], whole, [], False, b) == whole[:3]
+
+
+def test_the_owner_of_data_that_were_taken_from_results(tmp_path):
+    """As --again does of the source alone: its D_S was read from there."""
+    b = SimpleNamespace(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"))
+    source = reproduce.Job("fig2", "s", "x", (), f"{b.results}/fig2/s/progress.csv", (), None)
+    method = reproduce.Job("fig3", "m", "x", (), f"{b.results}/fig3/m/progress.csv",
+                           (f"{b.results}/fig2/s/first_dataset.npz",), None)
+    assert reproduce.owners(method, [source, method], b) == [source]
+
+
+def test_a_task_of_slurm_is_given_the_same_grid_and_stages_wait_one_for_the_other(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(reproduce, "sbatch", lambda *given: sent.append(given) or f"{len(sent)};cluster")
+    assert reproduce.main(["fig4", "--budget", "quick", "--seeds", "3", "4", "--out", str(tmp_path), "--slurm"]) == 0
+    assert len(sent) == 3  # a source, what learns from its data, what goes on
+    assert [[flag for flag in flags if "dependency" in flag] for flags, _ in sent] == [
+        [], ["--dependency=afterany:1"], ["--dependency=afterany:2"]]
+    for _, script in sent:
+        assert "--seeds 3 4" in script and f"--out {tmp_path}" in script and "fig4 --budget quick" in script
+
+
+def test_flags_by_environment():
+    jobs = {reproduce.title(job): " ".join(job.flags) for job in reproduce.grid(budget("cpu"), ["fig2", "fig3"])}
+    for env, start in (("HalfCheetah-v4", 10000), ("Hopper-v4", 1000), ("Walker2d-v4", 1000), ("Pusher-v5", 1000)):
+        assert f"--random-steps {start} " in jobs[f"fig2/{env}__td3__0"]
+    for method in ("mopo", "combo"):
+        assert "--rollout-length 1 " in jobs[f"fig3/Walker2d-v4__{method}__0"]
+        assert "--rollout-length" not in jobs[f"fig3/HalfCheetah-v4__{method}__0"]
+    assert "--no-scale-rewards" in jobs["fig3/HalfCheetah-v4__iql__0"]
+
+
+def test_as_many_at_a_time_as_jobs_says(tmp_path, monkeypatch):
+    running, most = [], []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self):
+            self.polled = 0
+            running.append(self)
+
+        def poll(self):
+            most.append(len(running))
+            self.polled += 1
+            if self.polled < 3:
+                return None
+            running.remove(self)
+            return 0
+
+    b = SimpleNamespace(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"))
+    jobs = [reproduce.Job("t", f"e__{name}__0", "x", (), f"{b.results}/t/{name}/progress.csv", (), None)
+            for name in "abcde"]
+    monkeypatch.setattr(reproduce, "start", lambda job, b: Process())
+    monkeypatch.setattr(reproduce, "keep", lambda job, b: None)
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(time=lambda: 0.0, sleep=lambda seconds: None))
+    assert reproduce.run_all(jobs, 2, b) == 0 and max(most) == 2

@@ -951,3 +951,9 @@ def test_wombet_learns_pusher_faster_than_from_scratch(tmp_path):
     assert wombet.main([*flags, "--name", "scratch", "--no-prior"]) == 0
     last = lambda name: float(rows(tmp_path / f"Pusher-v5__{name}__0")[-1]["return_mean"])
     assert last("prior") > last("scratch") + 5
+
+
+def test_the_clock_goes_on_where_the_checkpoint_stopped(tmp_path):
+    a_run = SimpleNamespace(log=Log(tmp_path / "progress.csv"), rng=np.random.default_rng(0))
+    load_log_and_generators(a_run, {**log_and_generators(a_run), "wall_clock": 500.0})
+    assert 500 <= a_run.log.wall_clock < 510
