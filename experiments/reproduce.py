@@ -260,10 +260,14 @@ ALL = {f.__name__: f for f in (control, parts, fig2, fig5, fig6, preset, shift, 
 TOPICS = {**ALL, "baselines": baselines}
 
 
+def spelt_out(topics):
+    """Names of topics, with those that "all" stands for in its place."""
+    return [name for topic in topics for name in (ALL if topic == "all" else [topic])]
+
+
 def grid(b, topics):
     """The jobs of those topics, each once, what another needs before it."""
-    names = [name for topic in topics for name in (ALL if topic == "all" else [topic])]
-    return list(dict.fromkeys(job for name in names for job in TOPICS[name](b)))
+    return list(dict.fromkeys(job for name in spelt_out(topics) for job in TOPICS[name](b)))
 
 
 # -------------------------------------------------------------------------------------------------------------- states
@@ -580,8 +584,7 @@ def main(argv=None):
         if args.list:
             print("\n".join(map(command, jobs)))
             return 0
-        named = {*args.topics, *(ALL if "all" in args.topics else ())}
-        again = [job for job in jobs if args.again and job.topic in named]
+        again = [job for job in jobs if args.again and job.topic in spelt_out(args.topics)]
         pending = to_do(jobs, whole, again, args.fill_runs, b)
         skipped = [job for job in jobs if job not in pending]
         for job in skipped:

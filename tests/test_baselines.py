@@ -33,6 +33,7 @@ from sac import DelayedSAC
 from task_env import TaskEnv
 from td3 import TD3
 from harness import COLUMNS
+from tests.test_agent import constant
 from world_model import WorldModel
 
 ONLINE, OFFLINE = ("sac", "td3", "ppo"), ("bc", "iql", "awac", "cql", "mopo", "combo")
@@ -868,20 +869,13 @@ def test_sacs_temperature_learns_at_the_critics_rate_where_none_is_given():
         assert [group["lr"] for group in agent.actor_optimizer.param_groups] == [1e-4, rate]
 
 
-def at(critic, *values):
-    """Critics that say these values, whatever they see."""
-    with torch.no_grad():
-        critic.weights[-1].zero_()
-        critic.biases[-1].copy_(torch.tensor(values).view(-1, 1, 1))
-
-
 @pytest.mark.parametrize("method", [IQL, AWAC])
 @pytest.mark.parametrize("terminated", [0.0, 1.0])
 def test_nothing_is_worth_anything_after_a_fall(method, terminated):
     """The next state's value is 100: of 99 in the target where the episode goes on, and of nothing where it ended."""
     agent, buffer = method(2, 1, hidden=(8,), batch_size=16, lr=1e-9), filled(terminated=torch.full((256,), terminated))
-    at(agent.critic, 0.0, 0.0)
-    at(agent.target_critic, 100.0, 150.0)  # the smaller one counts
+    constant(agent.critic, [0.0, 0.0])
+    constant(agent.target_critic, [100.0, 150.0])  # the smaller one counts
     if method is IQL:
         nn.init.zeros_(agent.value[-2].weight), nn.init.constant_(agent.value[-2].bias, 100.0)
     assert agent.learn(buffer)["td_error"].item() == pytest.approx(0.0 if terminated else 99.0, abs=1e-3)
@@ -892,8 +886,8 @@ def test_iql_by_hand():
     agent, buffer = IQL(2, 1, hidden=(8,), batch_size=256, expectile=0.7, beta=3.0, lr=1e-9), filled()
     for key in ("obs", "action"):
         buffer.data[key].copy_(buffer.data[key][:1].clone())
-    at(agent.critic, 0.0, 0.0)
-    at(agent.target_critic, 4.0, 9.0)
+    constant(agent.critic, [0.0, 0.0])
+    constant(agent.target_critic, [4.0, 9.0])
     nn.init.zeros_(agent.value[-2].weight), nn.init.zeros_(agent.value[-2].bias)
     log_prob = agent.actor.log_prob(buffer.data["obs"][:1], buffer.data["action"][:1]).item()
     info = agent.learn(buffer)
@@ -915,8 +909,8 @@ def test_awac_draws_its_actions_and_asks_the_target_critics():
     agent, buffer, seen = AWAC(2, 1, hidden=(8,), batch_size=16, lr=1e-9), filled(terminated=torch.zeros(256)), []
     act = agent.act
     agent.act = lambda obs, deterministic=False: seen.append(deterministic) or act(obs, deterministic)
-    at(agent.critic, 7.0, 7.0)
-    at(agent.target_critic, 0.0, 0.0)
+    constant(agent.critic, [7.0, 7.0])
+    constant(agent.target_critic, [0.0, 0.0])
     assert agent.learn(buffer)["td_error"].item() == pytest.approx(7.0, abs=1e-3) and seen == [False, False]
 
 

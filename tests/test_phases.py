@@ -82,7 +82,12 @@ def test_the_best_agent_is_that_of_the_windows_episodes():
 
 def test_a_fit_is_by_the_models_own_flags(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(WorldModel, "fit", lambda self, **given: (_ for _ in ()).throw(seen.update(given) or STOP))
+
+    def fit(model, **given):
+        seen.update(given)
+        raise STOP
+
+    monkeypatch.setattr(WorldModel, "fit", fit)
     with pytest.raises(KeyError):
         wombet.fit(built(tmp_path, "--model-lr", 0.02, "--model-batch-size", 33), 7)
     assert (seen["lr"], seen["batch_size"], seen["max_epochs"]) == (0.02, 33, 7)
@@ -124,7 +129,12 @@ def test_resets_are_the_sources_and_anew_every_round(tmp_path, monkeypatch):
 
 def test_the_policys_rounds_move_by_the_ensembles_mean(tmp_path, monkeypatch):
     run, seen = built(tmp_path, "--expectation", "members"), []
-    monkeypatch.setattr(wombet, "imagine", lambda step, *_: (_ for _ in ()).throw(seen.append(step) or STOP))
+
+    def imagine(step, *_):
+        seen.append(step)
+        raise STOP
+
+    monkeypatch.setattr(wombet, "imagine", imagine)
     with pytest.raises(KeyError):
         wombet.imagine_policy(run)
     assert seen == [run.model.step]
